@@ -1,0 +1,47 @@
+# Every target works as the first command on a fresh clone: it needs Python >= 3.11 and make.
+PYTHON ?= python3
+BIN := .venv/bin
+UV_VERSION := 0.13.9
+PARTS := server training export clients
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint fmt proto lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+.venv/.installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/uv pip sync --quiet --require-hashes requirements.lock
+
+	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: .venv/.installed  ## train, export, serve and classify real digits, start to end
+	$(BIN)/python -m tests.demo
+
+test: .venv/.installed  ## run the tests
+	$(BIN)/pytest
+
+lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python proto/generate.py --check
+
+fmt: .venv/.installed  ## format the code and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+proto: .venv/.installed  ## regenerate the stubs in proto/gen
+	$(BIN)/python proto/generate.py
+
+lock: .venv/.installed  ## resolve requirements.lock anew
+	UV_NO_CONFIG=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-emit-index-url --no-annotate --no-header --extra all --group dev \
+	  pyproject.toml --output-file requirements.lock
+
+clean:  ## remove the environment and what the tools left
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache runs models build dist
