@@ -1,0 +1,49 @@
+"""What runs a batch: one module a runtime, imported only when it is asked for."""
+
+from pathlib import Path
+from typing import Protocol
+
+from server.backends.devices import Device
+from server.manifest import ArtefactFormat
+from server.requests import Images, Outputs
+
+
+class Backend(Protocol):
+    """A model on a device.
+
+    Attributes:
+        platform: The runtime's name in the Open Inference Protocol, e.g. "onnx_onnxv1".
+        device: Where it really runs, as the runtime reports it: "cpu", "cuda:0".
+        provider: What executes it, as the runtime reports it, e.g. "CUDAExecutionProvider".
+    """
+
+    platform: str
+    device: str
+    provider: str
+
+    def run(self, images: Images) -> Outputs:
+        """Runs a batch `[N, H, W, 3]`; safe to call from several threads at once."""
+
+
+def load_backend(format_: ArtefactFormat, path: Path, device: Device, threads: int) -> Backend:
+    """Loads an artefact.
+
+    Args:
+        format_: Which runtime to use.
+        path: The artefact's file.
+        device: Where to run; a device that is not usable is an error, never a silent fall-back.
+        threads: CPU threads for one batch.
+
+    Raises:
+        DeviceError: The device cannot be used.
+        RepositoryError: The runtime cannot read the file.
+    """
+    match format_:
+        case ArtefactFormat.ONNX:
+            from server.backends.onnx import OnnxBackend
+
+            return OnnxBackend(path, device, threads)
+        case ArtefactFormat.TORCHSCRIPT:
+            from server.backends.torchscript import TorchScriptBackend
+
+            return TorchScriptBackend(path, device, threads)

@@ -1,0 +1,66 @@
+"""Devices by name, and what this machine offers of them."""
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from server.errors import DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a model shall run.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        index: The CUDA device's number; 0 for the CPU.
+    """
+
+    kind: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return f"cuda:{self.index}" if self.kind == "cuda" else "cpu"
+
+
+def choose_device(wanted: str) -> Device:
+    """Turns a setting (auto, cpu, cuda, cuda:1) into a device that this machine has.
+
+    Raises:
+        DeviceError: A CUDA device was asked for that the driver does not offer.
+    """
+    if wanted == "cpu":
+        return Device("cpu")
+    available = count_cuda_devices()
+    if wanted == "auto":
+        return Device("cuda") if available else Device("cpu")
+    index = int(wanted.partition(":")[2] or 0)
+    if index >= available:
+        raise DeviceError(f"device {wanted!r}: the driver offers {available} CUDA devices")
+    return Device("cuda", index)
+
+
+def count_cuda_devices() -> int:
+    """Asks the CUDA driver, without any runtime, how many devices it offers; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def usable_cpus() -> int:
+    """Whole processors this process may use: its affinity, further bounded by a cgroup v2 quota.
+
+    ONNX Runtime and torch look at neither and would start a thread per core of the host.
+    """
+    cpus = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, int(quota) // int(period)))

@@ -1,0 +1,74 @@
+"""ONNX Runtime on CPU or CUDA."""
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from server.backends.devices import Device
+from server.errors import DeviceError, RepositoryError
+from server.requests import Images, Outputs
+
+_CPU_PROVIDER = "CPUExecutionProvider"
+_CUDA_PROVIDER = "CUDAExecutionProvider"
+
+
+class OnnxBackend:
+    """An ONNX graph with input `image` and outputs `logits`, `probabilities`."""
+
+    platform = "onnx_onnxv1"
+
+    def __init__(self, path: Path, device: Device, threads: int) -> None:
+        if device.kind == "cuda":
+            # Finds the CUDA libraries that came as Python packages.
+            ort.preload_dlls()
+        wanted = _CUDA_PROVIDER if device.kind == "cuda" else _CPU_PROVIDER
+        try:
+            self._session = ort.InferenceSession(
+                path, _session_options(device, threads), providers=_providers(device)
+            )
+        except Exception as error:
+            # onnxruntime has no common exception type; its messages hold paths and stay in the log.
+            if device.kind == "cuda":
+                raise DeviceError(
+                    f"device {device}: ONNX Runtime cannot run the model there"
+                ) from error
+            raise RepositoryError(f"{path.name}: ONNX Runtime cannot load it") from error
+        self.provider = str(self._session.get_providers()[0])
+        # A failed provider does not raise: the session silently holds another one.
+        if self.provider != wanted:
+            raise DeviceError(
+                f"device {device}: expected {wanted}, ONNX Runtime took {self.provider}"
+            )
+        self.device = str(device)
+        self._input = self._session.get_inputs()[0].name
+
+    def run(self, images: Images) -> Outputs:
+        """Runs a batch `[N, H, W, 3]`."""
+        logits, probabilities = self._session.run(
+            ["logits", "probabilities"], {self._input: images}
+        )
+        return Outputs(logits, probabilities)
+
+
+def _session_options(device: Device, threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Spinning threads would burn the cores that the gRPC front end needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if device.kind == "cuda":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def _providers(device: Device) -> list[str | tuple[str, dict[str, Any]]]:
+    if device.kind == "cpu":
+        return [_CPU_PROVIDER]
+    cuda = {
+        "device_id": device.index,
+        # The default search times every kernel again for each new batch size.
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",
+    }
+    return [(_CUDA_PROVIDER, cuda)]

@@ -1,0 +1,41 @@
+"""TorchScript on CPU or CUDA."""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+from server.backends.devices import Device
+from server.errors import DeviceError, RepositoryError
+from server.requests import Images, Outputs
+
+
+class TorchScriptBackend:
+    """A frozen TorchScript module that maps images to the tuple (logits, probabilities)."""
+
+    platform = "pytorch_torchscript"
+
+    def __init__(self, path: Path, device: Device, threads: int) -> None:
+        if device.kind == "cuda" and not torch.cuda.is_available():
+            raise DeviceError(f"device {device}: torch cannot use CUDA here")
+        torch.set_num_threads(threads)
+        # The profiling executor would compile anew for each batch size it meets.
+        torch._C._jit_set_profiling_executor(False)
+        self._device = torch.device(str(device))
+        try:
+            with warnings.catch_warnings():
+                # torch.jit is deprecated but stays a format that is served.
+                warnings.filterwarnings("ignore", message=r"`torch\.jit")
+                module = torch.jit.load(path, map_location=self._device)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise RepositoryError(f"{path.name}: torch cannot load it") from error
+        self._module = module.eval()
+        self.device = str(device)
+        self.provider = f"torch-{self._device.type}"
+
+    def run(self, images: Images) -> Outputs:
+        """Runs a batch `[N, H, W, 3]`."""
+        with torch.inference_mode():
+            batch = torch.from_numpy(images).to(self._device)
+            logits, probabilities = self._module(batch)
+            return Outputs(logits.cpu().numpy(), probabilities.cpu().numpy())

@@ -1,0 +1,71 @@
+"""Everything this package raises on purpose, split by who can mend it.
+
+    ConvoyError
+    ├── StartupError              whoever starts the server: settings, ports, devices
+    │   ├── DeviceError           the device asked for is not usable here
+    │   └── RepositoryError       the model repository, or one version in it
+    │       ├── ManifestError     the manifest is missing, malformed or from another schema
+    │       └── VerificationError a file or an answer differs from what the manifest promises
+    └── RequestError              whoever sent the request, or the server's state at that moment
+        ├── InvalidRequestError   a field, tensor or image is wrong
+        ├── ModelNotFoundError    no such model or version is served
+        ├── OverloadedError       the queue is full
+        ├── DeadlineExceededError the deadline passed before the batch was sealed
+        ├── UnavailableError      starting, draining or shut down
+        └── InferenceError        the model itself failed
+
+`protocols.status` maps the second half to gRPC status codes. Messages name the field, what was
+expected and what came; they hold no paths and no internals of the server.
+"""
+
+
+class ConvoyError(Exception):
+    """Base of everything this package raises on purpose."""
+
+
+class StartupError(ConvoyError):
+    """The server cannot start as it was asked to."""
+
+
+class DeviceError(StartupError):
+    """The device that was asked for cannot be used."""
+
+
+class RepositoryError(StartupError):
+    """The model repository, or a version in it, cannot be served."""
+
+
+class ManifestError(RepositoryError):
+    """A manifest is missing, malformed or written for another schema."""
+
+
+class VerificationError(RepositoryError):
+    """A file or an answer differs from what the manifest promises."""
+
+
+class RequestError(ConvoyError):
+    """One request cannot be answered."""
+
+
+class InvalidRequestError(RequestError):
+    """A field, tensor or image of the request is wrong."""
+
+
+class ModelNotFoundError(RequestError):
+    """No model of that name and version is served."""
+
+
+class OverloadedError(RequestError):
+    """The queue holds as many images as it may."""
+
+
+class DeadlineExceededError(RequestError):
+    """The request's deadline passed before its batch was sealed."""
+
+
+class UnavailableError(RequestError):
+    """The server, or the model, does not take requests at the moment."""
+
+
+class InferenceError(RequestError):
+    """The model failed on the batch that held this request."""

@@ -1,0 +1,118 @@
+"""Brings a version of the repository into service: verify, load, warm up, check its answers."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import structlog
+
+from server.backends import Backend, load_backend
+from server.backends.devices import Device
+from server.batcher import BatchingLimits, BatchObserver, DynamicBatcher
+from server.errors import VerificationError
+from server.manifest import ArtefactFormat, Manifest
+from server.repository import ModelVersion
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How versions are loaded.
+
+    Attributes:
+        format: The artefact to run.
+        threads: CPU threads for one batch.
+    """
+
+    format: ArtefactFormat
+    device: Device
+    threads: int
+    limits: BatchingLimits
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A version in service.
+
+    Attributes:
+        manifest: What it says about itself.
+        format: The artefact in use.
+        backend: What runs it.
+        batcher: Where its requests go.
+    """
+
+    manifest: Manifest
+    format: ArtefactFormat
+    backend: Backend
+    batcher: DynamicBatcher
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest.name
+
+    @property
+    def version(self) -> int:
+        """The version's number."""
+        return self.manifest.version
+
+
+def load_model(
+    version: ModelVersion, options: LoadOptions, observe: Callable[[Manifest], BatchObserver]
+) -> ServedModel:
+    """Loads a version; its batcher still has to be started on the event loop.
+
+    Args:
+        version: Where it lies.
+        options: How to load it.
+        observe: Makes the observer that its batcher reports to.
+
+    Raises:
+        RepositoryError: A file differs from the manifest, cannot be loaded, or its answers do.
+        DeviceError: The device cannot be used.
+    """
+    started_s = time.monotonic()
+    manifest = version.manifest
+    artefact = manifest.artefact(options.format)
+    samples = version.verified_file(manifest.samples)
+    path = version.verified_file(artefact.file)
+    backend = load_backend(options.format, path, options.device, options.threads)
+    _warm_up(backend, manifest, options.limits.max_batch_size)
+    _check_golden_samples(backend, manifest, samples, artefact.tolerance)
+    batcher = DynamicBatcher(backend.run, manifest.sample_shape, options.limits, observe(manifest))
+    logger.info(
+        "model loaded",
+        model=manifest.name,
+        version=manifest.version,
+        device=backend.device,
+        provider=backend.provider,
+        load_s=round(time.monotonic() - started_s, 3),
+    )
+    return ServedModel(manifest, options.format, backend, batcher)
+
+
+def _warm_up(backend: Backend, manifest: Manifest, max_batch_size: int) -> None:
+    """Runs every power of two up to the largest batch, so that no request pays for a first run."""
+    size = 1
+    while size < 2 * max_batch_size:
+        batch = min(size, max_batch_size)
+        backend.run(np.zeros((batch, *manifest.sample_shape), np.uint8))
+        size *= 2
+
+
+def _check_golden_samples(
+    backend: Backend, manifest: Manifest, samples: Path, tolerance: float
+) -> None:
+    """Compares the answers on this device with those of the net that was exported."""
+    with np.load(samples, allow_pickle=False) as golden:
+        images, expected = golden["images"], golden["logits"]
+    difference = float(np.abs(backend.run(images).logits - expected).max())
+    # The negation also catches NaN.
+    if not difference <= tolerance:
+        raise VerificationError(
+            f"model {manifest.name!r} version {manifest.version}: logits of the golden samples "
+            f"differ by {difference:.2g} on {backend.device}, expected at most {tolerance:.2g}"
+        )

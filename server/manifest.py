@@ -1,0 +1,213 @@
+"""Reads what a model version says about itself (proto/convoy/v1/model_manifest.proto)."""
+
+import json
+import re
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from convoy.v1 import model_manifest_pb2 as pb
+from server.errors import ManifestError
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+_PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+class Interpolation(Enum):
+    """The filter an image is resized with."""
+
+    BILINEAR = pb.INTERPOLATION_BILINEAR
+    BICUBIC = pb.INTERPOLATION_BICUBIC
+
+
+class ArtefactFormat(Enum):
+    """What kind of file runs the model; the values are the names that settings use."""
+
+    ONNX = "onnx"
+    TORCHSCRIPT = "torchscript"
+
+
+_FORMATS = {
+    pb.ARTEFACT_FORMAT_ONNX: ArtefactFormat.ONNX,
+    pb.ARTEFACT_FORMAT_TORCHSCRIPT: ArtefactFormat.TORCHSCRIPT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A named tensor; -1 in the shape is the batch axis."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How an encoded image becomes the model's input; the steps are stated in the .proto."""
+
+    height_px: int
+    width_px: int
+    resize_shorter_px: int
+    interpolation: Interpolation
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file beside the manifest, with what it must contain."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """One runnable file.
+
+    Attributes:
+        tolerance: What any logit may differ from the golden samples' by.
+    """
+
+    format: ArtefactFormat
+    file: FileRecord
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A published model version."""
+
+    name: str
+    version: int
+    input: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+    labels: tuple[str, ...]
+    preprocessing: Preprocessing
+    artefacts: tuple[Artefact, ...]
+    samples: FileRecord
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """`(H, W, 3)` of one image."""
+        height, width, channels = self.input.shape[1:]
+        return height, width, channels
+
+    def artefact(self, wanted: ArtefactFormat) -> Artefact:
+        """Returns the artefact of a format.
+
+        Raises:
+            ManifestError: The version has none.
+        """
+        for artefact in self.artefacts:
+            if artefact.format is wanted:
+                return artefact
+        offered = ", ".join(artefact.format.value for artefact in self.artefacts)
+        raise ManifestError(
+            f"model {self.name!r} version {self.version}: expected an artefact of format "
+            f"{wanted.value!r}, found {offered or 'none'}"
+        )
+
+
+def read_manifest(version_dir: Path) -> Manifest:
+    """Reads and checks the manifest of the version in a folder NAME/VERSION.
+
+    Raises:
+        ManifestError: It is missing, malformed, of another schema, or describes another version.
+    """
+    where = f"model {version_dir.parent.name!r} version {version_dir.name}"
+    try:
+        message = json_format.ParseDict(_read_json(version_dir / MANIFEST_NAME), pb.ModelManifest())
+        manifest = _convert(message)
+    except (OSError, ValueError, json_format.ParseError) as error:
+        raise ManifestError(f"{where}: {MANIFEST_NAME}: {_one_line(error)}") from error
+    found = (manifest.name, str(manifest.version))
+    if found != (version_dir.parent.name, version_dir.name):
+        raise ManifestError(
+            f"{where}: {MANIFEST_NAME} describes model {manifest.name!r} version {manifest.version}"
+        )
+    return manifest
+
+
+def _read_json(path: Path) -> dict[str, object]:
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ValueError(f"expected at most {MAX_MANIFEST_BYTES} bytes")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("expected a JSON object")
+    return content
+
+
+def _convert(message: pb.ModelManifest) -> Manifest:
+    if message.schema_version != SCHEMA_VERSION:
+        raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {message.schema_version}")
+    manifest = Manifest(
+        name=message.name,
+        version=message.version,
+        input=_tensor(message.input),
+        outputs=tuple(map(_tensor, message.outputs)),
+        labels=tuple(message.labels),
+        preprocessing=_preprocessing(message.preprocessing),
+        artefacts=tuple(
+            Artefact(_FORMATS[a.format], _file(a.file), a.parity.tolerance)
+            for a in message.artefacts
+            if a.format in _FORMATS
+        ),
+        samples=_file(message.samples.file),
+    )
+    _check_tensors(manifest)
+    return manifest
+
+
+def _check_tensors(manifest: Manifest) -> None:
+    shape = manifest.input.shape
+    size_px = (manifest.preprocessing.height_px, manifest.preprocessing.width_px)
+    if manifest.input.datatype != "UINT8" or shape != (-1, *size_px, 3):
+        raise ValueError(
+            f"input: expected UINT8 [-1, {size_px[0]}, {size_px[1]}, 3] as the preprocessing says, "
+            f"got {manifest.input.datatype} {list(shape)}"
+        )
+    for expected, output in zip(("logits", "probabilities"), manifest.outputs, strict=True):
+        if (output.name, output.datatype) != (expected, "FP32"):
+            raise ValueError(
+                f"outputs: expected {expected!r} FP32, got {output.name!r} {output.datatype}"
+            )
+        if output.shape != (-1, len(manifest.labels)):
+            raise ValueError(
+                f"outputs: {expected!r}: expected [-1, {len(manifest.labels)}] for as many labels, "
+                f"got {list(output.shape)}"
+            )
+
+
+def _tensor(message: pb.TensorSpec) -> TensorSpec:
+    return TensorSpec(message.name, message.datatype, tuple(message.shape))
+
+
+def _preprocessing(message: pb.ImagePreprocessing) -> Preprocessing:
+    if not message.height_px or not message.width_px:
+        raise ValueError("preprocessing: expected height_px and width_px above 0")
+    shorter_px = message.resize_shorter_px
+    if shorter_px and shorter_px < max(message.height_px, message.width_px):
+        raise ValueError(
+            f"preprocessing: resize_shorter_px: expected 0 or at least the crop's larger side, "
+            f"got {shorter_px}"
+        )
+    return Preprocessing(
+        message.height_px, message.width_px, shorter_px, Interpolation(message.interpolation)
+    )
+
+
+def _file(message: pb.File) -> FileRecord:
+    if not _PLAIN_FILE_NAME.fullmatch(message.name):
+        raise ValueError(f"file name: expected a plain name without folders, got {message.name!r}")
+    return FileRecord(message.name, message.size_bytes, message.sha256)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or "cannot be read"
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""The wire: each module turns one gRPC service's messages into domain types and back."""

@@ -1,0 +1,102 @@
+"""What every RPC shares: its status code, its metrics and its deadline."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import structlog
+
+from server.batcher import Clock
+from server.errors import (
+    DeadlineExceededError,
+    InferenceError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    UnavailableError,
+)
+from server.loading import ServedModel
+from server.metrics import NO_MODEL, ServerMetrics
+
+logger = structlog.get_logger()
+
+STATUS_OF: dict[type[RequestError], grpc.StatusCode] = {
+    InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
+    OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    UnavailableError: grpc.StatusCode.UNAVAILABLE,
+    InferenceError: grpc.StatusCode.INTERNAL,
+}
+
+
+class Call:
+    """One RPC that is being answered.
+
+    Attributes:
+        deadline_s: On the batcher's clock; infinity without one.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self.deadline_s = deadline_s
+        self._model: ServedModel | None = None
+
+    def uses(self, model: ServedModel) -> ServedModel:
+        """Names the model that the metrics count this call for, and returns it."""
+        self._model = model
+        return model
+
+    @property
+    def model_labels(self) -> tuple[str, str]:
+        """(name, version) of the model, or NO_MODEL."""
+        return (self._model.name, str(self._model.version)) if self._model else NO_MODEL
+
+
+class CallBoundary:
+    """Where domain errors become status codes and every RPC is timed.
+
+    Example:
+        async with boundary.answering("Classify", context) as call:
+            model = call.uses(catalogue.find(request.model))
+            …
+    """
+
+    def __init__(self, metrics: ServerMetrics, clock: Clock = time.monotonic) -> None:
+        self._metrics = metrics
+        self._clock = clock
+
+    @asynccontextmanager
+    async def answering(
+        self, method: str, context: grpc.aio.ServicerContext[object, object]
+    ) -> AsyncIterator[Call]:
+        """Times the body and ends the RPC with the status that fits what it raises."""
+        started_s = self._clock()
+        remaining_s = context.time_remaining()
+        call = Call(float("inf") if remaining_s is None else started_s + remaining_s)
+        code = grpc.StatusCode.OK
+        try:
+            yield call
+        except asyncio.CancelledError:
+            # The caller left, or gRPC ended the call at its deadline.
+            late = self._clock() >= call.deadline_s
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:  # no text of an unknown error may leave the server
+            code, message = _status(error)
+            await context.abort(code, message)
+        finally:
+            duration_s = self._clock() - started_s
+            self._metrics.request(method, code.name, call.model_labels, duration_s)
+
+
+def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
+    code = STATUS_OF.get(type(error), grpc.StatusCode.INTERNAL)  # type: ignore[arg-type]
+    if code is not grpc.StatusCode.INTERNAL:
+        return code, str(error)
+    error_id = uuid.uuid4().hex[:12]
+    logger.error("request failed", error_id=error_id, exc_info=error)
+    return code, f"internal error; the server's log explains it under id {error_id}"

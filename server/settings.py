@@ -1,0 +1,143 @@
+"""The server's settings: flags, CONVOY_… environment variables, an optional TOML file."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from server.errors import StartupError
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ServerSettings(BaseSettings):
+    """Serves every model of a repository by gRPC, with dynamic batching and Prometheus metrics.
+
+    Every flag can also be set in the environment (--max-batch-size is CONVOY_MAX_BATCH_SIZE) or in
+    the TOML file that CONVOY_CONFIG names (max_batch_size = 32). A flag wins over the environment,
+    the environment over the file.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="CONVOY_",
+        cli_prog_name="convoy-server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_exit_on_error=False,
+        cli_hide_none_type=True,
+        frozen=True,
+        extra="forbid",
+    )
+
+    repository: Path = Field(
+        description="Folder of models, NAME/VERSION/manifest.json, as convoy-export writes it."
+    )
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on. Beyond loopback anyone may send requests."
+    )
+    port: Port = Field(8001, description="TCP port for gRPC; 0 picks a free one and logs it.")
+    http_port: Port = Field(
+        8002, description="TCP port for /metrics, /healthz and /readyz; 0 picks a free one."
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="auto, cpu, cuda or cuda:INDEX. auto takes CUDA where there is a device; an "
+        "explicit cuda that cannot be used ends the start, it never falls back to the CPU.",
+    )
+    backend: Literal["onnx", "torchscript"] = Field(
+        "onnx", description="Which artefact runs. On a CPU onnx is the faster; it needs no torch."
+    )
+    max_batch_size: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="Images in one batch, and the most that one request may bring. Larger batches "
+        "use a GPU better and make each request in them wait longer.",
+    )
+    max_queue_delay_ms: float = Field(
+        0.0,
+        ge=0,
+        description="Milliseconds that a free model instance waits for a fuller batch. Above 0 it "
+        "trades latency for larger batches; 0 still batches whatever waits.",
+    )
+    max_queue_size: int = Field(
+        1024,
+        ge=1,
+        description="Images that may wait per model. Further requests are refused at once with "
+        "RESOURCE_EXHAUSTED; a longer queue means later answers, not more of them.",
+    )
+    instances: int = Field(
+        0,
+        ge=0,
+        description="Threads that run batches of one model side by side. 0: one on CUDA, one for "
+        "each processor, at most two, on a CPU.",
+    )
+    max_image_pixels: int = Field(
+        50_000_000,
+        ge=1,
+        description="Largest encoded image, width x height in pixels, that is decoded. Bounds the "
+        "memory one request can take, about 4 bytes a pixel.",
+    )
+    max_message_mb: float = Field(
+        16.0,
+        gt=0,
+        le=2047,
+        description="Largest gRPC message in MiB. Raised by itself where a full batch needs more.",
+    )
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="Seconds that accepted requests get to finish after SIGTERM."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severity that is logged."
+    )
+    log_format: Literal["console", "json"] = Field(
+        "console", description="How log lines are written to stderr."
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Reads flags, then the environment, then the TOML file."""
+        toml = TomlConfigSettingsSource(settings_cls, os.environ.get("CONVOY_CONFIG"))
+        return init_settings, env_settings, toml
+
+
+def parse_settings(arguments: list[str]) -> ServerSettings:
+    """Reads the settings for a command line.
+
+    Raises:
+        StartupError: A setting is missing, unknown or out of range; the message is one line.
+    """
+    config = os.environ.get("CONVOY_CONFIG")
+    if config and not Path(config).is_file():
+        raise StartupError(f"CONVOY_CONFIG: expected a TOML file, got {config!r}")
+    try:
+        return CliApp.run(ServerSettings, cli_args=arguments)
+    except ValidationError as error:
+        raise StartupError("; ".join(map(_describe, error.errors()))) from error
+    except (SettingsError, ValueError) as error:
+        raise StartupError(" ".join(str(error).split())) from error
+
+
+def _describe(problem: object) -> str:
+    assert isinstance(problem, dict)
+    flag = "--" + ".".join(map(str, problem["loc"])).replace("_", "-")
+    if problem["type"] == "missing":
+        return f"{flag} is required"
+    return f"{flag}: {problem['msg'].lower()}, got {problem['input']!r}"
