@@ -1,0 +1,80 @@
+"""Real processes for tests and the demo: console commands, and a server on free ports."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START_TIMEOUT_S = 60
+
+
+def run_module(module: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """Runs `python -m MODULE` to its end and returns what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@dataclass
+class ServerProcess:
+    """A convoy-server that reported ready.
+
+    Attributes:
+        address: gRPC, "127.0.0.1:PORT".
+        http: "http://127.0.0.1:PORT".
+        events: Its log lines so far.
+    """
+
+    process: subprocess.Popen[str]
+    address: str = ""
+    http: str = ""
+    events: list[dict[str, object]] = field(default_factory=list)
+
+    def stop(self) -> int:
+        """Sends SIGTERM and returns the exit code."""
+        self.process.terminate()
+        return self.process.wait(timeout=60)
+
+
+@contextmanager
+def running_server(repository: Path, *flags: object) -> Iterator[ServerProcess]:
+    """Starts a server on free loopback ports, waits until it serves, and stops it at the end."""
+    command = [sys.executable, "-m", "server", "--repository", str(repository)]
+    command += ["--port", "0", "--http-port", "0", "--log-format", "json", *map(str, flags)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        server = ServerProcess(process)
+        serving = threading.Event()
+        reader = threading.Thread(target=_read_log, args=(server, serving), daemon=True)
+        reader.start()
+        try:
+            serving.wait(START_TIMEOUT_S)
+            if not server.address:
+                raise RuntimeError(f"the server did not start: {server.events}")
+            yield server
+        finally:
+            process.kill() if process.poll() is None and not server.address else server.stop()
+            reader.join()
+
+
+def _read_log(server: ServerProcess, serving: threading.Event) -> None:
+    assert server.process.stderr
+    for line in server.process.stderr:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = {"event": line.rstrip()}
+        server.events.append(event)
+        if event["event"] == "serving":
+            server.address = event["grpc"]
+            server.http = f"http://{event['http']}"
+            serving.set()
+    serving.set()

@@ -1,0 +1,107 @@
+"""A model version written by hand: the server must need nothing of export but the contract."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from server.manifest import SCHEMA_VERSION
+
+HEIGHT, WIDTH, CLASSES = 4, 6, 3
+Publish = Callable[..., Path]
+
+
+def mean_colour_logits(images: np.ndarray) -> np.ndarray:
+    """What the hand-made model computes: the mean of each channel, 0 to 1."""
+    return images.mean(axis=(1, 2), dtype=np.float64) / 255
+
+
+def write_model(path: Path) -> None:
+    """Writes an ONNX graph whose logits are the mean red, green and blue."""
+    scale = numpy_helper.from_array(np.array(255, np.float32), "scale")
+    axes = numpy_helper.from_array(np.array([1, 2], np.int64), "axes")
+    nodes = [
+        helper.make_node("Cast", ["image"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
+        helper.make_node("Div", ["means", "scale"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
+    ]
+    shape, scores = ["batch", HEIGHT, WIDTH, 3], ["batch", CLASSES]
+    graph = helper.make_graph(
+        nodes,
+        "mean-colour",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, shape)],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, scores)
+            for name in ("logits", "probabilities")
+        ],
+        [scale, axes],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, path)
+
+
+def file_record(path: Path) -> dict[str, object]:
+    """The manifest's entry for a file."""
+    content = path.read_bytes()
+    return {
+        "name": path.name,
+        "size_bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def describe(folder: Path) -> dict[str, object]:
+    """The manifest of a version in folder NAME/VERSION."""
+    scores = {"datatype": "FP32", "shape": [-1, CLASSES]}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": folder.parent.name,
+        "version": int(folder.name),
+        "input": {"name": "image", "datatype": "UINT8", "shape": [-1, HEIGHT, WIDTH, 3]},
+        "outputs": [{"name": "logits", **scores}, {"name": "probabilities", **scores}],
+        "labels": ["red", "green", "blue"],
+        "preprocessing": {
+            "height_px": HEIGHT,
+            "width_px": WIDTH,
+            "interpolation": "INTERPOLATION_BILINEAR",
+        },
+        "temperature": 1.0,
+        "artefacts": [
+            {
+                "format": "ARTEFACT_FORMAT_ONNX",
+                "file": file_record(folder / "model.onnx"),
+                "parity": {"tolerance": 1e-4},
+            }
+        ],
+        "samples": {"file": file_record(folder / "samples.npz"), "count": 8},
+    }
+
+
+def seal(folder: Path, **changes: object) -> None:
+    """Writes the manifest of the files as they are now, with changes to it."""
+    manifest = {**describe(folder), **changes}
+    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
+@pytest.fixture
+def publish(tmp_path: Path) -> Publish:
+    """Publishes `colours` (or another name) in a version."""
+
+    def write(version: int = 1, name: str = "colours") -> Path:
+        folder = tmp_path / "models" / name / str(version)
+        folder.mkdir(parents=True)
+        write_model(folder / "model.onnx")
+        images = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), np.uint8)
+        np.savez(
+            folder / "samples.npz", images=images, logits=mean_colour_logits(images).astype("f4")
+        )
+        seal(folder)
+        return folder
+
+    return write

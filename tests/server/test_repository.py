@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from server.errors import ManifestError, RepositoryError, VerificationError
+from server.manifest import ArtefactFormat, read_manifest
+from server.repository import ModelRepository
+from tests.server.conftest import seal
+
+
+def test_the_newest_version_of_each_model_is_found(publish, tmp_path):
+    for version in (1, 2, 10):
+        publish(version)
+    publish(3, name="shades")
+    found = ModelRepository(tmp_path / "models").newest_versions()
+    assert [(v.manifest.name, v.manifest.version) for v in found] == [
+        ("colours", 10),
+        ("shades", 3),
+    ]
+
+
+def test_what_is_no_published_version_is_left_alone(publish, tmp_path):
+    models = tmp_path / "models"
+    publish(1)
+    (models / "colours" / "2").mkdir()  # no manifest
+    (models / "colours" / ".3.x7f.partial").mkdir()
+    (models / "colours" / "latest").symlink_to("1")
+    (models / "colours" / "4").symlink_to("1")
+    (models / "colours" / "05").mkdir()
+    (models / "README.md").write_text("notes")
+    (models / "elsewhere").symlink_to(models / "colours")
+    (found,) = ModelRepository(models).newest_versions()
+    assert found.manifest.version == 1
+
+
+def test_an_empty_or_missing_repository_is_an_error(tmp_path: Path):
+    with pytest.raises(RepositoryError, match="holds no model"):
+        ModelRepository(tmp_path).newest_versions()
+    with pytest.raises(RepositoryError, match="expected a folder"):
+        ModelRepository(tmp_path / "nowhere").newest_versions()
+
+
+def test_a_file_is_compared_with_the_manifest(publish, tmp_path):
+    folder = publish()
+    (version,) = ModelRepository(tmp_path / "models").newest_versions()
+    record = version.manifest.artefact(ArtefactFormat.ONNX).file
+    assert version.verified_file(record) == folder / "model.onnx"
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+    with pytest.raises(VerificationError, match=r"model\.onnx: expected SHA-256"):
+        version.verified_file(record)
+
+
+def test_a_link_in_the_place_of_a_file_is_refused(publish, tmp_path):
+    folder = publish()
+    (version,) = ModelRepository(tmp_path / "models").newest_versions()
+    (folder / "model.onnx").rename(tmp_path / "outside.onnx")
+    (folder / "model.onnx").symlink_to(tmp_path / "outside.onnx")
+    with pytest.raises(VerificationError, match="plain file"):
+        version.verified_file(version.manifest.artefact(ArtefactFormat.ONNX).file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 2}, "schema_version: expected 1, got 2"),
+        ({"colour_space": "BGR"}, "colour_space"),
+        ({"name": "shades"}, "describes model 'shades' version 1"),
+        ({"version": 7}, "describes model 'colours' version 7"),
+        ({"labels": ["red", "green"]}, r"expected \[-1, 2\] for as many labels, got \[-1, 3\]"),
+        ({"outputs": []}, "outputs|argument"),
+        (
+            {"input": {"name": "image", "datatype": "FP32", "shape": [-1, 4, 6, 3]}},
+            r"input: expected UINT8 \[-1, 4, 6, 3\].*got FP32",
+        ),
+        (
+            {"preprocessing": {"height_px": 4, "width_px": 6, "resize_shorter_px": 3}},
+            "resize_shorter_px: expected 0 or at least the crop's larger side, got 3",
+        ),
+        ({"preprocessing": {}}, "expected height_px and width_px above 0"),
+        (
+            {"samples": {"file": {"name": "../../secret"}}},
+            "file name: expected a plain name without folders",
+        ),
+    ],
+)
+def test_a_manifest_that_cannot_be_trusted_is_refused(publish, changes, message):
+    folder = publish()
+    seal(folder, **changes)
+    with pytest.raises(ManifestError, match=message) as caught:
+        read_manifest(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b'{"version": "x"}'])
+def test_a_damaged_manifest_is_one_line(publish, content):
+    folder = publish()
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ManifestError, match="model 'colours' version 1") as caught:
+        read_manifest(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_artefact_is_named(publish):
+    manifest = read_manifest(publish())
+    with pytest.raises(ManifestError, match=r"expected .*'torchscript', found onnx"):
+        manifest.artefact(ArtefactFormat.TORCHSCRIPT)
+
+
+def test_the_manifest_of_a_version_reads_as_written(publish):
+    folder = publish()
+    manifest = read_manifest(folder)
+    written = json.loads((folder / "manifest.json").read_text())
+    assert manifest.labels == tuple(written["labels"])
+    assert manifest.sample_shape == (4, 6, 3)
+    assert manifest.artefact(ArtefactFormat.ONNX).tolerance == 1e-4
