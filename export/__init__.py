@@ -1,0 +1,1 @@
+"""Checkpoint in, proved model repository version out."""

@@ -1,0 +1,127 @@
+"""manifest.json: what a version says about itself (proto/convoy/v1/model_manifest.proto)."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from convoy.v1 import model_manifest_pb2 as pb
+from export.proof import Parity
+from export.servable import INPUT_NAME, Outputs
+from export.source import ModelSource
+
+MANIFEST_NAME = "manifest.json"
+SAMPLES_NAME = "samples.npz"
+SCHEMA_VERSION = 1
+_INTERPOLATIONS = {
+    "bilinear": pb.INTERPOLATION_BILINEAR,
+    "bicubic": pb.INTERPOLATION_BICUBIC,
+}
+
+
+class ArtefactFormat(Enum):
+    """What kind of file runs the model; the values are the names on the command line."""
+
+    ONNX = "onnx"
+    TORCHSCRIPT = "torchscript"
+
+    @property
+    def file_name(self) -> str:
+        """Name of such a file beside the manifest."""
+        return f"model.{self.value}"
+
+
+_FORMATS = {
+    ArtefactFormat.ONNX: pb.ARTEFACT_FORMAT_ONNX,
+    ArtefactFormat.TORCHSCRIPT: pb.ARTEFACT_FORMAT_TORCHSCRIPT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ProvedArtefact:
+    """A file that passed its gate."""
+
+    format: ArtefactFormat
+    path: Path
+    parity: Parity
+
+
+def build(
+    source: ModelSource,
+    artefacts: Sequence[ProvedArtefact],
+    samples: Path,
+    samples_count: int,
+    created_at: datetime,
+) -> pb.ModelManifest:
+    """Describes a version whose name and number are not yet decided; the files must be complete."""
+    classes = len(source.data.classes)
+    size = source.data.preprocessing
+    return pb.ModelManifest(
+        schema_version=SCHEMA_VERSION,
+        created_at=created_at.astimezone(UTC).isoformat(timespec="seconds"),
+        producer=_producer(),
+        input=pb.TensorSpec(
+            name=INPUT_NAME, datatype="UINT8", shape=[-1, size.height_px, size.width_px, 3]
+        ),
+        outputs=[
+            pb.TensorSpec(name=name, datatype="FP32", shape=[-1, classes])
+            for name in Outputs._fields
+        ],
+        labels=source.data.classes,
+        preprocessing=pb.ImagePreprocessing(
+            height_px=size.height_px,
+            width_px=size.width_px,
+            resize_shorter_px=size.resize_shorter_px,
+            interpolation=_INTERPOLATIONS[size.interpolation],
+        ),
+        normalization=pb.Normalization(mean=source.data.mean, std=source.data.std),
+        temperature=source.temperature,
+        artefacts=[_artefact(artefact) for artefact in artefacts],
+        samples=pb.GoldenSamples(file=_file(samples), count=samples_count),
+        provenance=pb.Provenance(
+            checkpoint_sha256=source.checkpoint_sha256,
+            architecture=source.architecture,
+            architecture_arguments_json=json.dumps(dict(source.architecture_arguments)),
+            data=source.data.spec,
+            parameters=source.parameters,
+            accuracy=source.accuracy,
+        ),
+    )
+
+
+def to_json(manifest: pb.ModelManifest) -> bytes:
+    """Returns the manifest as readable JSON, fields named as in the .proto."""
+    text = json_format.MessageToJson(manifest, preserving_proto_field_name=True, indent=2)
+    return text.encode() + b"\n"
+
+
+def _producer() -> str:
+    names = ("convoy-serving", "torch", "onnx")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def _artefact(artefact: ProvedArtefact) -> pb.Artefact:
+    parity = artefact.parity
+    return pb.Artefact(
+        format=_FORMATS[artefact.format],
+        file=_file(artefact.path),
+        parity=pb.Parity(
+            samples=parity.samples,
+            batch_sizes=parity.batch_sizes,
+            max_logit_difference=parity.max_logit_difference,
+            tolerance=parity.tolerance,
+            argmax_agreement=parity.argmax_agreement,
+        ),
+    )
+
+
+def _file(path: Path) -> pb.File:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return pb.File(name=path.name, size_bytes=path.stat().st_size, sha256=digest)

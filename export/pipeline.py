@@ -1,0 +1,96 @@
+"""From a source to a published version: write, prove, describe, publish."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from convoy.v1 import model_manifest_pb2 as pb
+from export import golden, manifest, onnx_format, torchscript
+from export.manifest import ArtefactFormat, ProvedArtefact
+from export.proof import FP32_GATE, Expectation, expect, prove
+from export.publishing import ModelFolder
+from export.servable import Run, Servable
+from export.source import ModelSource
+from training.data import ImageSet
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What to write.
+
+    Attributes:
+        formats: One artefact of each.
+        script: TorchScript from source code in place of a trace.
+    """
+
+    formats: Sequence[ArtefactFormat] = (ArtefactFormat.ONNX, ArtefactFormat.TORCHSCRIPT)
+    script: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A version as it lies in the repository."""
+
+    path: Path
+    manifest: pb.ModelManifest
+
+
+LOADERS: dict[ArtefactFormat, Callable[[Path], Run]] = {
+    ArtefactFormat.ONNX: onnx_format.load,
+    ArtefactFormat.TORCHSCRIPT: torchscript.load,
+}
+
+
+def export(
+    source: ModelSource, real: ImageSet, target: ModelFolder, options: ExportOptions
+) -> Published:
+    """Publishes a source as the next version of a model, if every artefact passes its gate.
+
+    Raises:
+        UnsupportedNetError: A format cannot express the net.
+        ParityError: An artefact failed its gate.
+        PublishError: The repository cannot be written to.
+    """
+    expected = expect(source, real)
+    with target.stage() as staged:
+        workbench = _Workbench(source, target.name, staged, expected)
+        artefacts = [workbench.make(form, options) for form in options.formats]
+        samples = staged / manifest.SAMPLES_NAME
+        count = golden.write(samples, expected)
+        described = manifest.build(source, artefacts, samples, count, datetime.now(UTC))
+        described.name = target.name
+
+        def seal(folder: Path, version: int) -> None:
+            described.version = version
+            (folder / manifest.MANIFEST_NAME).write_bytes(manifest.to_json(described))
+
+        version = target.publish(staged, seal)
+    return Published(target.path / str(version), described)
+
+
+@dataclass(frozen=True, slots=True)
+class _Workbench:
+    source: ModelSource
+    name: str
+    folder: Path
+    expected: Expectation
+
+    def make(self, form: ArtefactFormat, options: ExportOptions) -> ProvedArtefact:
+        """Writes an artefact and proves the file itself, which is what will be served."""
+        path = self.folder / form.file_name
+        self._write(form, path, options)
+        parity = prove(path.name, LOADERS[form](path), self.expected, FP32_GATE)
+        return ProvedArtefact(form, path, parity)
+
+    def _write(self, form: ArtefactFormat, path: Path, options: ExportOptions) -> None:
+        data = self.source.data
+        servable = Servable(self.source.net, data.mean, data.std, self.source.temperature).eval()
+        example = torch.from_numpy(self.expected.images[:2])  # [2, H, W, 3] uint8
+        description = self.source.describe(self.name)
+        if form is ArtefactFormat.ONNX:
+            onnx_format.write(servable, example, path, description)
+        else:
+            torchscript.write(servable, example, path, description, options.script)

@@ -1,0 +1,208 @@
+"""Proves that an artefact computes what the eager float32 net computes.
+
+N samples, K classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from export.errors import ParityError
+from export.samples import hostile
+from export.servable import Images, Outputs, Run
+from export.source import ModelSource
+from training.data import ImageSet
+
+BATCH_SIZES = (1, 2, 7, 32, 64)
+_REFERENCE_BATCH = 64
+_SHUFFLED_BATCH = 32
+_TIE_MARGIN = 1e-5
+"""Two logits of the reference closer than this have no order that could be wrong."""
+_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What an artefact must keep to be published.
+
+    Attributes:
+        atol: Largest difference of a logit, for logits up to scale; beyond, it grows with them.
+        scale: Size of the logits that atol was measured on.
+        min_agreement: Share of samples whose most probable class must be the same, 0 to 1.
+        max_accuracy_drop: How much accuracy may be lost on the real samples, 0 to 1.
+    """
+
+    atol: float
+    scale: float
+    min_agreement: float
+    max_accuracy_drop: float
+
+    def tolerance(self, logits: NDArray[np.float32]) -> float:
+        """Returns the largest difference allowed beside these logits of the eager net."""
+        return self.atol * max(1.0, float(np.abs(logits).max()) / self.scale)
+
+
+FP32_GATE = Gate(atol=1e-4, scale=10.0, min_agreement=1.0, max_accuracy_drop=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """Samples and what the eager float32 net says about them.
+
+    Attributes:
+        images: The real samples first, then the hostile ones, `[N, H, W, 3]`.
+        names: How messages call each sample.
+        labels: True classes of the real samples.
+    """
+
+    images: Images
+    names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    outputs: Outputs
+
+    @property
+    def real_count(self) -> int:
+        """How many of the samples are real."""
+        return len(self.labels)
+
+    def accuracy(self, logits: NDArray[np.float32]) -> float:
+        """Returns the share of real samples that logits `[N, K]` classify rightly."""
+        predicted = logits[: self.real_count].argmax(axis=1)
+        return float((predicted == self.labels).mean())
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How an artefact compared with the eager net; see the message of this name in the manifest."""
+
+    samples: int
+    batch_sizes: tuple[int, ...]
+    max_logit_difference: float
+    tolerance: float
+    argmax_agreement: float
+    reference_accuracy: float
+    accuracy: float
+
+
+def expect(source: ModelSource, real: ImageSet) -> Expectation:
+    """Runs the eager net on real and hostile samples, normalised as the paper formula says.
+
+    The reference shares no code with the servable: (pixel / 255 - mean) / std, step by step.
+    """
+    size = source.data.preprocessing
+    strange = hostile(size.height_px, size.width_px)
+    images = np.concatenate([real.images, *strange.values()])
+    names = [
+        f"real sample {index} (class {source.data.classes[label]!r})"
+        for index, label in enumerate(real.labels)
+    ]
+    names += [f"hostile sample {name!r}" for name in strange]
+    logits = np.concatenate(
+        [
+            _eager_logits(source, images[start : start + _REFERENCE_BATCH])
+            for start in range(0, len(images), _REFERENCE_BATCH)
+        ]
+    )
+    probabilities = torch.softmax(torch.from_numpy(logits) / source.temperature, dim=1).numpy()
+    return Expectation(images, tuple(names), real.labels, Outputs(logits, probabilities))
+
+
+def prove(
+    artefact: str,
+    run: Run,
+    expected: Expectation,
+    gate: Gate,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Parity:
+    """Runs an artefact at each batch size, and once more with the rows in another order.
+
+    Args:
+        artefact: Its file name, for the message.
+        run: The artefact as loaded from its file.
+        expected: Samples with the answers of the eager net.
+        gate: What the artefact must keep.
+        batch_sizes: How many samples go into one call; the last call of each takes what is left.
+
+    Raises:
+        ParityError: The gate was failed; the message names the worst sample.
+    """
+    tolerance = gate.tolerance(expected.outputs.logits)
+    count = len(expected.images)
+    in_order, shuffled = np.arange(count), np.random.default_rng(_SEED).permutation(count)
+    rounds = [(size, in_order) for size in batch_sizes] + [(_SHUFFLED_BATCH, shuffled)]
+    largest, agreement, accuracy = 0.0, 1.0, 1.0
+    for batch_size, rows in rounds:
+        where = f"{artefact}, batch size {batch_size}"
+        found = _run_in_batches(where, run, expected, rows, batch_size)
+        largest = max(largest, _check_difference(where, found, expected, tolerance))
+        agreement = min(agreement, _check_agreement(where, found, expected, gate))
+        accuracy = min(accuracy, expected.accuracy(found.logits))
+    reference = expected.accuracy(expected.outputs.logits)
+    if reference - accuracy > gate.max_accuracy_drop:
+        raise ParityError(
+            f"{artefact}: accuracy on {expected.real_count} real samples: expected a drop of at "
+            f"most {gate.max_accuracy_drop:.4f} from {reference:.4f}, got {accuracy:.4f}"
+        )
+    return Parity(count, tuple(batch_sizes), largest, tolerance, agreement, reference, accuracy)
+
+
+def _eager_logits(source: ModelSource, images: Images) -> NDArray[np.float32]:
+    mean, std = (
+        torch.tensor(values).reshape(1, 3, 1, 1) for values in (source.data.mean, source.data.std)
+    )
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float()  # [N, 3, H, W]
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = source.net((pixels / 255 - mean) / std).numpy()
+    return logits
+
+
+def _run_in_batches(
+    where: str, run: Run, expected: Expectation, rows: NDArray[np.int64], batch_size: int
+) -> Outputs:
+    """Runs the samples in the order of rows and returns the outputs in the samples' own order."""
+    found = Outputs(*(np.empty_like(output) for output in expected.outputs))
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        for whole, part in zip(found, run(expected.images[batch]), strict=True):
+            if part.shape != whole[batch].shape or part.dtype != np.float32:
+                raise ParityError(
+                    f"{where}: expected outputs float32 {list(whole[batch].shape)} for "
+                    f"{len(batch)} images, got {part.dtype} {list(part.shape)}"
+                )
+            whole[batch] = part
+    return found
+
+
+def _check_difference(where: str, found: Outputs, expected: Expectation, tolerance: float) -> float:
+    largest = 0.0
+    for name, ours, theirs in zip(Outputs._fields, found, expected.outputs, strict=True):
+        differences = np.abs(ours - theirs).max(axis=1)  # [N]
+        # A NaN is the worst difference there is, but compares as none.
+        differences = np.nan_to_num(differences, nan=np.inf)
+        worst = int(differences.argmax())
+        if differences[worst] > tolerance:
+            raise ParityError(
+                f"{where}, {expected.names[worst]}: {name}: expected a difference of at most "
+                f"{tolerance:.2e} from the eager net, got {differences[worst]:.2e}"
+            )
+        if name == "logits":
+            largest = float(differences[worst])
+    return largest
+
+
+def _check_agreement(where: str, found: Outputs, expected: Expectation, gate: Gate) -> float:
+    reference = expected.outputs.logits
+    rows = np.arange(len(reference))
+    chosen = reference[rows, found.logits.argmax(axis=1)]
+    agrees = reference.max(axis=1) - chosen <= _TIE_MARGIN
+    agreement = float(agrees.mean())
+    if agreement < gate.min_agreement:
+        worst = int((~agrees).argmax())
+        raise ParityError(
+            f"{where}, {expected.names[worst]}: expected the eager net's class for at least "
+            f"{gate.min_agreement:.1%} of {len(agrees)} samples, got {agreement:.1%}"
+        )
+    return agreement

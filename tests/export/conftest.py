@@ -1,0 +1,64 @@
+"""A small net with lived-in batch norms, its checkpoint, and a version exported from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.pipeline import ExportOptions, Published, export
+from export.publishing import ModelFolder
+from export.samples import load_real
+from export.source import ModelSource, from_checkpoint
+from training import checkpoints, nets
+from training.checkpoints import Architecture, Checkpoint, DataDescription
+from training.data import ImageSet, Preprocessing
+
+MEAN = (0.48, 0.47, 0.44)
+STD = (0.21, 0.22, 0.23)
+TEMPERATURE = 1.7
+
+
+def perturb_batch_norms(net: torch.nn.Module) -> None:
+    """Gives running statistics that no fresh net has, so that a wrong folding shows."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    architecture = Architecture("net_res_deep", {"n_chans1": 8, "n_blocks": 2})
+    net = nets.create(architecture.name, **architecture.arguments)
+    perturb_batch_norms(net)
+    path = tmp_path_factory.mktemp("runs") / "best.pt"
+    data = DataDescription("digits", tuple("0123456789"), MEAN, STD, Preprocessing())
+    metrics = {"epoch": 1.0, "valid_loss": 2.5, "valid_accuracy": 0.25}
+    checkpoints.save(
+        path, Checkpoint(net.state_dict(), architecture, data, metrics, temperature=TEMPERATURE)
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def source(tiny_checkpoint: Path) -> ModelSource:
+    return from_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="session")
+def real(source: ModelSource) -> ImageSet:
+    return load_real(source, None)
+
+
+@pytest.fixture(scope="session")
+def published(
+    source: ModelSource, real: ImageSet, tmp_path_factory: pytest.TempPathFactory
+) -> Published:
+    target = ModelFolder(tmp_path_factory.mktemp("models"), "digits")
+    return export(source, real, target, ExportOptions())

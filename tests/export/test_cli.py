@@ -1,0 +1,133 @@
+"""The command: one published version, or one line on stderr and nothing in the repository."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from export.__main__ import main
+from training import checkpoints
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["convoy-export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_a_checkpoint_as_the_first_word_is_published(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    repository = tmp_path / "models"
+    arguments = [tiny_checkpoint, "--repository", repository, "--name", "digits"]
+    assert run(monkeypatch, *arguments, "--format", "torchscript") == 0
+    assert (repository / "digits" / "1" / "manifest.json").is_file()
+    shown = capsys.readouterr().out
+    assert "model.torchscript" in shown
+    assert "largest" in shown
+    assert "published" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["nowhere.pt", "--name", "digits"], "nowhere.pt"),
+        (["CHECKPOINT"], "--name"),
+        ([], "checkpoint"),
+        (["CHECKPOINT", "--name", "../digits"], "name: expected"),
+        (["CHECKPOINT", "--name", ".hidden"], "name: expected"),
+        (["CHECKPOINT", "--name", "digits", "--format", "caffe"], "caffe"),
+        (["CHECKPOINT", "--name", "digits", "--data", "imagefolder:nowhere"], "nowhere"),
+        (["CHECKPOINT", "--name", "digits", "--data", "imagenet"], "imagenet"),
+        (["CHECKPOINT", "--name", "digits", "--no-such-flag"], "no-such-flag"),
+        (["NOT_A_CHECKPOINT", "--name", "digits"], "checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str],
+    complaint: str,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rubbish = tmp_path / "rubbish.pt"
+    rubbish.write_bytes(b"not a checkpoint")
+    paths = {"CHECKPOINT": str(tiny_checkpoint), "NOT_A_CHECKPOINT": str(rubbish)}
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *[paths.get(word, word) for word in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("convoy-export: ")
+    assert captured.err.count("\n") == 1
+    assert complaint in captured.err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["rubbish.pt"]
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "sprung",))
+
+    torch.save({"format": "convoy-checkpoint", "state_dict": Trap()}, tmp_path / "trap.pt")
+    assert run(monkeypatch, tmp_path / "trap.pt", "--name", "digits") == 2
+    assert not (tmp_path / "sprung").exists()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_data_with_other_classes_is_refused(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    content = checkpoints.load(tiny_checkpoint)
+    letters = checkpoints.DataDescription(
+        "digits",
+        tuple("abcdefghij"),
+        content.data.mean,
+        content.data.std,
+        content.data.preprocessing,
+    )
+    path = tmp_path / "letters.pt"
+    checkpoints.save(
+        path, checkpoints.Checkpoint(content.state_dict, content.architecture, letters, {})
+    )
+    assert run(monkeypatch, path, "--repository", tmp_path / "models", "--name", "letters") == 2
+    assert "classes" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_repository_that_is_a_file_is_one_line_and_status_1(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "models").write_text("in the way")
+    arguments = [tiny_checkpoint, "--repository", tmp_path / "models", "--name", "digits"]
+    assert run(monkeypatch, *arguments, "--format", "torchscript") == 1
+    captured = capsys.readouterr()
+    assert "Not a directory" in captured.err or "File exists" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_the_module_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "export", "nowhere.pt", "--name", "x"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr

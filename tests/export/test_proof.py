@@ -1,0 +1,144 @@
+"""The gate: what it lets through and what it stops, with artefacts that err in known ways."""
+
+import numpy as np
+import pytest
+
+from export.errors import ParityError
+from export.proof import FP32_GATE, Expectation, Gate, expect, prove
+from export.samples import MIN_REAL_SAMPLES
+from export.servable import Images, Outputs, Run
+from export.source import ModelSource
+from training.data import ImageSet
+
+
+@pytest.fixture(scope="module")
+def expected(source: ModelSource, real: ImageSet) -> Expectation:
+    return expect(source, real)
+
+
+def answering(expected: Expectation) -> Run:
+    """An artefact that knows every sample's answer by heart."""
+    answers = {image.tobytes(): row for row, image in reversed(list(enumerate(expected.images)))}
+
+    def run(images: Images) -> Outputs:
+        rows = [answers[image.tobytes()] for image in images]
+        return Outputs(*(output[rows].copy() for output in expected.outputs))
+
+    return run
+
+
+def test_proof_sees_enough_real_samples_and_the_extremes(expected: Expectation) -> None:
+    assert expected.real_count >= MIN_REAL_SAMPLES == 256
+    hostile = expected.images[expected.real_count :].reshape(-1, 32 * 32 * 3)
+    assert {(int(image.min()), int(image.max())) for image in hostile} >= {
+        (0, 0),
+        (255, 255),
+        (0, 255),
+    }
+
+
+def test_a_perfect_artefact_passes_with_no_difference(expected: Expectation) -> None:
+    parity = prove("model.x", answering(expected), expected, FP32_GATE)
+    assert parity.max_logit_difference == 0
+    assert parity.argmax_agreement == 1
+    assert parity.batch_sizes == (1, 2, 7, 32, 64)
+    assert parity.accuracy == parity.reference_accuracy
+
+
+def test_the_largest_difference_is_reported(expected: Expectation) -> None:
+    honest = answering(expected)
+
+    def run(images: Images) -> Outputs:
+        outputs = honest(images)
+        outputs.logits[-1] += 3e-5
+        return outputs
+
+    parity = prove("model.x", run, expected, FP32_GATE)
+    assert parity.max_logit_difference == pytest.approx(3e-5, rel=0.05)
+
+
+def test_one_wrong_sample_is_named_with_its_batch_size(expected: Expectation) -> None:
+    honest = answering(expected)
+    victim = expected.images[17]
+
+    def run(images: Images) -> Outputs:
+        outputs = honest(images)
+        for row, image in enumerate(images):
+            if len(images) == 7 and np.array_equal(image, victim):
+                outputs.logits[row] += 0.5
+        return outputs
+
+    with pytest.raises(ParityError, match=r"model.x, batch size 7, real sample 17 .*logits"):
+        prove("model.x", run, expected, FP32_GATE)
+
+
+def test_an_artefact_that_mixes_up_rows_is_caught(expected: Expectation) -> None:
+    honest = answering(expected)
+
+    def run(images: Images) -> Outputs:
+        return Outputs(*(np.roll(output, 1, axis=0) for output in honest(images)))
+
+    with pytest.raises(ParityError, match="batch size 2"):
+        prove("model.x", run, expected, FP32_GATE)
+
+
+@pytest.mark.parametrize("name", ["all 0", "all 255"])
+def test_a_nan_on_a_hostile_sample_is_caught(expected: Expectation, name: str) -> None:
+    honest = answering(expected)
+    victim = expected.images[expected.names.index(f"hostile sample {name!r}")]
+
+    def run(images: Images) -> Outputs:
+        outputs = honest(images)
+        outputs.logits[[np.array_equal(image, victim) for image in images]] = np.nan
+        return outputs
+
+    with pytest.raises(ParityError, match=f"hostile sample '{name}'"):
+        prove("model.x", run, expected, FP32_GATE)
+
+
+def test_wrong_probabilities_are_caught_though_the_logits_are_right(expected: Expectation) -> None:
+    def run(images: Images) -> Outputs:
+        outputs = answering(expected)(images)
+        return Outputs(outputs.logits, np.full_like(outputs.probabilities, 0.1))
+
+    with pytest.raises(ParityError, match="probabilities"):
+        prove("model.x", run, expected, FP32_GATE)
+
+
+def test_outputs_of_another_shape_are_refused(expected: Expectation) -> None:
+    def run(images: Images) -> Outputs:
+        outputs = answering(expected)(images)
+        return Outputs(outputs.logits[:1], outputs.probabilities[:1])
+
+    with pytest.raises(ParityError, match=r"batch size 2: expected outputs float32 \[2, 10\]"):
+        prove("model.x", run, expected, FP32_GATE)
+
+
+def test_other_classes_fail_even_a_wide_gate(expected: Expectation) -> None:
+    wide = Gate(atol=100.0, scale=10.0, min_agreement=0.98, max_accuracy_drop=1.0)
+
+    def run(images: Images) -> Outputs:
+        outputs = answering(expected)(images)
+        return Outputs(-outputs.logits, outputs.probabilities)
+
+    with pytest.raises(ParityError, match=r"eager net's class for at least 98.0%"):
+        prove("model.x", run, expected, wide)
+
+
+def test_lost_accuracy_fails_even_a_wide_gate(source: ModelSource, real: ImageSet) -> None:
+    expected = expect(source, real)
+    predicted = expected.outputs.logits[: expected.real_count].argmax(axis=1)
+    always_right = Expectation(expected.images, expected.names, predicted, expected.outputs)
+    wide = Gate(atol=100.0, scale=10.0, min_agreement=0.0, max_accuracy_drop=0.005)
+
+    def run(images: Images) -> Outputs:
+        outputs = answering(expected)(images)
+        return Outputs(-outputs.logits, outputs.probabilities)
+
+    with pytest.raises(ParityError, match=r"accuracy on \d+ real samples: .* from 1.0000, got"):
+        prove("model.x", run, always_right, wide)
+
+
+def test_the_tolerance_grows_with_large_logits_only() -> None:
+    assert FP32_GATE.tolerance(np.float32([[6.0, -1.0]])) == 1e-4
+    assert FP32_GATE.tolerance(np.float32([[50.0, -100.0]])) == pytest.approx(1e-3)
