@@ -153,6 +153,8 @@ class App:
 
     async def _set_draining(self) -> None:
         self._catalogue.ready = False
+        for model in self._catalogue:
+            model.batcher.stop_delaying()
         await self._health.enter_graceful_shutdown()
 
     async def _drain(self, server: grpc.aio.Server) -> None:

@@ -88,7 +88,8 @@ class DynamicBatcher:
         self._queue: deque[InferenceRequest] = deque()
         self._queued_images = 0
         self._accepting = False
-        # Guards the three fields above; waited on by free instances.
+        self._delay_s = limits.max_queue_delay_s
+        # Guards the four fields above; waited on by free instances.
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._loop: asyncio.AbstractEventLoop
@@ -109,8 +110,15 @@ class DynamicBatcher:
             thread.start()
             self._threads.append(thread)
 
+    def stop_delaying(self) -> None:
+        """From now on runs what waits without a delay: nobody will come to fill the batch."""
+        with self._changed:
+            self._delay_s = 0.0
+            self._changed.notify_all()
+
     async def drain(self) -> None:
         """Refuses new requests, answers those accepted and ends the instances."""
+        self.stop_delaying()
         with self._changed:
             self._accepting = False
             self._changed.notify_all()
@@ -188,11 +196,10 @@ class DynamicBatcher:
         """How long a free instance shall wait; None means until something changes."""
         if not self._queue:
             return None
-        full = self._queued_images >= self._limits.max_batch_size
-        if full or not self._accepting:
+        if self._queued_images >= self._limits.max_batch_size:
             return 0.0
         waited_s = self._clock() - self._queue[0].enqueued_at_s
-        return max(0.0, self._limits.max_queue_delay_s - waited_s)
+        return max(0.0, self._delay_s - waited_s)
 
     def _expire(self) -> None:
         """Takes out the requests whose deadline has passed and those whose caller has left."""

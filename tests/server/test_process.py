@@ -1,0 +1,207 @@
+"""The server as a process: how it starts, fails to start, and stops."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import grpc
+import numpy as np
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from convoy.oip.v2 import inference_pb2 as pb
+from convoy.oip.v2 import inference_pb2_grpc
+from server.backends.devices import count_cuda_devices
+from tests.processes import run_module, running_server
+
+
+def get(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def infer_request(count: int = 1) -> pb.ModelInferRequest:
+    images = np.full((count, 4, 6, 3), 51, np.uint8)
+    return pb.ModelInferRequest(
+        model_name="colours",
+        inputs=[{"name": "image", "datatype": "UINT8", "shape": images.shape}],
+        raw_input_contents=[images.tobytes()],
+    )
+
+
+@pytest.fixture
+def models(publish):
+    publish()
+    return publish(2, name="shades").parent.parent
+
+
+def test_it_serves_every_model_and_tells_so(models):
+    with running_server(models, "--device", "cpu") as server:
+        assert get(f"{server.http}/healthz") == (200, "live\n")
+        assert get(f"{server.http}/readyz") == (200, "ready\n")
+        assert get(f"{server.http}/secret")[0] == 404
+        with grpc.insecure_channel(server.address) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            reply = stub.ModelInfer(infer_request())
+            assert np.frombuffer(reply.raw_output_contents[0], "<f4") == pytest.approx([0.2] * 3)
+            for name, version in (("colours", "1"), ("shades", "2")):
+                assert stub.ModelReady(pb.ModelReadyRequest(name=name, version=version)).ready
+            unnamed = infer_request()
+            unnamed.model_name = ""
+            with pytest.raises(grpc.RpcError, match="expected one of colours, shades, got ''"):
+                stub.ModelInfer(unnamed)
+        loaded = [event for event in server.events if event["event"] == "model loaded"]
+        assert {event["device"] for event in loaded} == {"cpu"}
+        assert server.stop() == 0
+
+
+def test_metrics_tell_what_was_done(models):
+    with running_server(models, "--device", "cpu") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for _ in range(5):
+                stub.ModelInfer(infer_request(count=3))
+            with pytest.raises(grpc.RpcError):
+                stub.ModelInfer(pb.ModelInferRequest(model_name="made-up"))
+        text = get(f"{server.http}/metrics")[1]
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+    def value(name: str, **labels: str) -> float:
+        return samples[name, tuple(sorted(labels.items()))]
+
+    model = {"model": "colours", "version": "1"}
+    done = {**model, "method": "ModelInfer", "code": "OK"}
+    assert value("convoy_request_duration_seconds_count", **done) == 5
+    assert value("convoy_queue_duration_seconds_count", **model) == 5
+    assert value("convoy_inference_duration_seconds_count", **model) == 5
+    assert value("convoy_batch_size_images_sum", **model) == 15
+    assert value("convoy_queued_images", **model) == 0
+    assert value("convoy_inference_duration_seconds_sum", **model) < value(
+        "convoy_request_duration_seconds_sum", **done
+    )
+    refused = {"model": "", "version": "", "method": "ModelInfer", "code": "NOT_FOUND"}
+    assert value("convoy_request_duration_seconds_count", **refused) == 1
+    assert "made-up" not in text
+    device = {"platform": "onnx_onnxv1", "device": "cpu", "provider": "CPUExecutionProvider"}
+    assert value("convoy_model_info", **model, **device) == 1
+    bounds = {
+        float(dict(labels)["le"])
+        for name, labels in samples
+        if name == "convoy_request_duration_seconds_bucket"
+    }
+    assert (min(bounds), sorted(bounds)[-2]) == (0.00025, 10.0)
+
+
+def test_a_deadline_ends_a_request(models):
+    # The batch never fills and the delay is long: only the deadline can end the request.
+    with (
+        running_server(models, "--max-queue-delay-ms", "60000", "--device", "cpu") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ModelInfer(infer_request(), timeout=0.3)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert stub.ServerLive(pb.ServerLiveRequest()).live
+
+
+def test_a_full_queue_is_resource_exhausted(models):
+    flags = ("--max-queue-delay-ms", "60000", "--max-queue-size", "4", "--max-batch-size", "8")
+    with running_server(models, *flags, "--device", "cpu") as server:
+
+        async def overload() -> list[str]:
+            async with grpc.aio.insecure_channel(server.address) as channel:
+                stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+                calls = [stub.ModelInfer(infer_request(), timeout=1.5) for _ in range(6)]
+                answers = await asyncio.gather(*calls, return_exceptions=True)
+                return sorted(answer.code().name for answer in answers)
+
+        assert asyncio.run(overload()) == ["DEADLINE_EXCEEDED"] * 4 + ["RESOURCE_EXHAUSTED"] * 2
+
+
+def test_sigterm_answers_what_was_accepted_and_exits_0(models):
+    """The requests wait for a batch that cannot fill, so the drain alone can answer them."""
+    flags = ("--max-queue-delay-ms", "60000", "--device", "cpu")
+    with running_server(models, *flags) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            calls = [stub.ModelInfer.future(infer_request()) for _ in range(5)]
+            queued = 'convoy_queued_images{model="colours",version="1"} 5.0'
+            while queued not in get(f"{server.http}/metrics")[1]:
+                time.sleep(0.01)
+            server.process.send_signal(signal.SIGTERM)
+            replies = [call.result(timeout=20) for call in calls]
+        assert [reply.model_name for reply in replies] == ["colours"] * 5
+        assert server.process.wait(timeout=30) == 0
+
+
+def assert_one_line(result: object, *words: str) -> None:
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("convoy-server: ")
+    for word in words:
+        assert word in result.stderr
+
+
+def test_start_up_mistakes_are_one_line_and_exit_2(models, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    quick = ("--port", "0", "--http-port", "0")
+    assert_one_line(run_module("server"), "--repository is required")
+    assert_one_line(run_module("server", "--repository", empty, *quick), "holds no model")
+    assert_one_line(
+        run_module("server", "--repository", models, *quick, "--backend", "torchscript"),
+        "'torchscript', found onnx",
+    )
+    (models / "colours" / "1" / "manifest.json").write_text("{")
+    assert_one_line(run_module("server", "--repository", models, *quick), "'colours' version 1")
+
+
+@pytest.mark.parametrize("flag", ["--port", "--http-port"])
+def test_a_port_in_use_is_one_line(models, flag):
+    other = {"--port": "--http-port", "--http-port": "--port"}[flag]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_module("server", "--repository", models, flag, port, other, "0")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("convoy-server: ")]
+    assert result.returncode == 2
+    assert lines == [result.stderr.splitlines()[-1]]
+    assert f"{flag}: cannot listen on 127.0.0.1:{port}" in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(count_cuda_devices() > 0, reason="this machine has a CUDA device")
+def test_cuda_without_a_gpu_is_a_start_up_error(models):
+    result = run_module("server", "--repository", models, "--device", "cuda", "--port", "0")
+    assert_one_line(result, "device 'cuda'", "0 CUDA devices")
+
+
+def test_an_onnx_server_never_imports_torch(models):
+    code = (
+        "import asyncio, sys\n"
+        "from prometheus_client import CollectorRegistry\n"
+        "from server.app import App\n"
+        "from server.settings import parse_settings\n"
+        "async def main():\n"
+        f"    flags = ['--repository', {str(models)!r}, '--port', '0', '--http-port', '0']\n"
+        "    async with App(parse_settings([*flags, '--device', 'cpu']), CollectorRegistry()):\n"
+        "        print('torch' in sys.modules, 'onnxruntime' in sys.modules)\n"
+        "asyncio.run(main())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "False True" in result.stdout.splitlines()

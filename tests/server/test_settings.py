@@ -1,0 +1,61 @@
+import pytest
+
+from server.errors import StartupError
+from server.settings import ServerSettings, parse_settings
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(f"CONVOY_{name.upper()}", raising=False)
+    monkeypatch.delenv("CONVOY_CONFIG", raising=False)
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(monkeypatch, tmp_path):
+    config = tmp_path / "convoy.toml"
+    config.write_text('repository = "file"\nport = 1\nmax_batch_size = 1\ninstances = 1\n')
+    monkeypatch.setenv("CONVOY_CONFIG", str(config))
+    monkeypatch.setenv("CONVOY_PORT", "2")
+    monkeypatch.setenv("CONVOY_MAX_BATCH_SIZE", "2")
+    settings = parse_settings(["--max-batch-size", "3"])
+    assert (settings.max_batch_size, settings.port, settings.instances) == (3, 2, 1)
+    assert settings.repository.name == "file"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--repository is required"),
+        (["--repository", "x", "--port", "http"], "--port: .*got 'http'"),
+        (["--repository", "x", "--port", "65536"], "--port: .*65535.*got '65536'"),
+        (["--repository", "x", "--device", "gpu"], "--device: .*got 'gpu'"),
+        (["--repository", "x", "--backend", "tensorrt"], "--backend|tensorrt"),
+        (["--repository", "x", "--max-batch-size", "0"], "--max-batch-size: .*got '0'"),
+        (["--repository", "x", "--colour", "red"], "--colour red"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag(flags, message):
+    with pytest.raises(StartupError, match=message) as caught:
+        parse_settings(flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["colour = 'red'", "port = ", "port = 'http'"])
+def test_a_mistake_in_the_file_is_one_line(monkeypatch, tmp_path, content):
+    config = tmp_path / "convoy.toml"
+    config.write_text(content)
+    monkeypatch.setenv("CONVOY_CONFIG", str(config))
+    with pytest.raises(StartupError) as caught:
+        parse_settings(["--repository", "x"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_an_error(monkeypatch):
+    monkeypatch.setenv("CONVOY_CONFIG", "nowhere.toml")
+    with pytest.raises(StartupError, match=r"expected a TOML file, got 'nowhere\.toml'"):
+        parse_settings(["--repository", "x"])
+
+
+def test_every_setting_explains_itself():
+    for name, field in ServerSettings.model_fields.items():
+        assert field.description, name
