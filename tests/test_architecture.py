@@ -1,0 +1,49 @@
+"""What holds for the whole house."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def modules_loaded_by(statement: str) -> set[str]:
+    """Top-level modules of a fresh process after one statement."""
+    code = f"import sys; {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return set(result.stdout.split())
+
+
+def test_importing_clients_loads_nothing_heavy():
+    heavy = {"torch", "torchvision", "onnxruntime", "prometheus_client", "pyarrow", "matplotlib"}
+    assert not modules_loaded_by("import clients, clients.__main__") & heavy
+
+
+@pytest.mark.parametrize("part", ["server.app", "server.__main__"])
+def test_importing_the_server_loads_no_runtime(part):
+    assert not modules_loaded_by(f"import {part}") & {"torch", "onnxruntime"}
+
+
+def test_the_stubs_are_what_the_sources_give():
+    subprocess.run([sys.executable, ROOT / "proto" / "generate.py", "--check"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("convoy-train", "training"),
+        ("convoy-export", "export"),
+        ("convoy-server", "server"),
+        ("convoy-client", "clients"),
+    ],
+)
+def test_each_command_helps_by_both_names(name, module):
+    for command in ([Path(sys.executable).parent / name], [sys.executable, "-m", module]):
+        result = subprocess.run(
+            [*command, "--help"], capture_output=True, text=True, timeout=60, check=True
+        )
+        assert "--help" in result.stdout
