@@ -9,7 +9,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from convoy.v1 import model_manifest_pb2 as pb
-from export.manifest import ArtefactFormat
+from export.formats import ArtefactFormat
 
 DEFAULT_COMMAND = "publish"
 

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 
 from google.protobuf import json_format
 
 from convoy.v1 import model_manifest_pb2 as pb
+from export.formats import WIRE_FORMATS, ArtefactFormat
 from export.proof import Parity
 from export.servable import INPUT_NAME, Outputs
 from export.source import ModelSource
@@ -22,24 +22,6 @@ SCHEMA_VERSION = 1
 _INTERPOLATIONS = {
     "bilinear": pb.INTERPOLATION_BILINEAR,
     "bicubic": pb.INTERPOLATION_BICUBIC,
-}
-
-
-class ArtefactFormat(Enum):
-    """What kind of file runs the model; the values are the names on the command line."""
-
-    ONNX = "onnx"
-    TORCHSCRIPT = "torchscript"
-
-    @property
-    def file_name(self) -> str:
-        """Name of such a file beside the manifest."""
-        return f"model.{self.value}"
-
-
-_FORMATS = {
-    ArtefactFormat.ONNX: pb.ARTEFACT_FORMAT_ONNX,
-    ArtefactFormat.TORCHSCRIPT: pb.ARTEFACT_FORMAT_TORCHSCRIPT,
 }
 
 
@@ -109,7 +91,7 @@ def _producer() -> str:
 def _artefact(artefact: ProvedArtefact) -> pb.Artefact:
     parity = artefact.parity
     return pb.Artefact(
-        format=_FORMATS[artefact.format],
+        format=WIRE_FORMATS[artefact.format],
         file=_file(artefact.path),
         parity=pb.Parity(
             samples=parity.samples,

@@ -9,7 +9,8 @@ import torch
 
 from convoy.v1 import model_manifest_pb2 as pb
 from export import golden, manifest, onnx_format, torchscript
-from export.manifest import ArtefactFormat, ProvedArtefact
+from export.formats import ArtefactFormat
+from export.manifest import ProvedArtefact
 from export.proof import FP32_GATE, Expectation, expect, prove
 from export.publishing import ModelFolder
 from export.servable import Run, Servable

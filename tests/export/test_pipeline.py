@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from convoy.v1 import model_manifest_pb2 as pb
 from export.errors import ParityError, UnsupportedNetError
-from export.manifest import ArtefactFormat
+from export.formats import ArtefactFormat
 from export.pipeline import LOADERS, ExportOptions, Published, export
 from export.publishing import ModelFolder
 from export.servable import Servable
