@@ -9,7 +9,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from convoy.v1 import model_manifest_pb2 as pb
-from export.formats import ArtefactFormat
+from export.formats import ArtefactFormat, Variant
 
 DEFAULT_COMMAND = "publish"
 
@@ -71,7 +71,7 @@ def publish(
 
     target = ModelFolder(repository, name)
     source = from_checkpoint(checkpoint)
-    options = ExportOptions(tuple(dict.fromkeys(formats)), script)
+    options = ExportOptions([Variant(form) for form in dict.fromkeys(formats)], script)
     published = export(source, load_real(source, data), target, options)
     console = Console()
     console.print(parity_table(published.manifest))

@@ -1,5 +1,6 @@
 """The kinds of artefact; kept apart so that the command line starts without loading torch."""
 
+from dataclasses import dataclass
 from enum import Enum
 
 from convoy.v1 import model_manifest_pb2 as pb
@@ -10,15 +11,62 @@ class ArtefactFormat(Enum):
 
     ONNX = "onnx"
     TORCHSCRIPT = "torchscript"
+    EXPORTED_PROGRAM = "exported-program"
 
-    @property
-    def file_name(self) -> str:
-        """Name of such a file beside the manifest."""
-        return f"model.{self.value}"
+
+class Precision(Enum):
+    """What the weights and the arithmetic between input and logits are kept in."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
 
 
 WIRE_FORMATS = {
     ArtefactFormat.ONNX: pb.ARTEFACT_FORMAT_ONNX,
     ArtefactFormat.TORCHSCRIPT: pb.ARTEFACT_FORMAT_TORCHSCRIPT,
+    ArtefactFormat.EXPORTED_PROGRAM: pb.ARTEFACT_FORMAT_EXPORTED_PROGRAM,
 }
-"""The manifest's name of each."""
+"""The manifest's name of each format."""
+
+WIRE_PRECISIONS = {
+    Precision.FP32: pb.PRECISION_FP32,
+    Precision.FP16: pb.PRECISION_FP16,
+    Precision.BF16: pb.PRECISION_BF16,
+    Precision.INT8: pb.PRECISION_INT8,
+}
+"""The manifest's name of each precision."""
+
+_SUFFIXES = {
+    ArtefactFormat.ONNX: "onnx",
+    ArtefactFormat.TORCHSCRIPT: "torchscript",
+    ArtefactFormat.EXPORTED_PROGRAM: "pt2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One artefact of a version."""
+
+    format: ArtefactFormat
+    precision: Precision = Precision.FP32
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file beside the manifest."""
+        precision = "" if self.precision is Precision.FP32 else f".{self.precision.value}"
+        return f"model{precision}.{_SUFFIXES[self.format]}"
+
+
+def variant_of(artefact: pb.Artefact) -> Variant:
+    """Returns what a manifest says an artefact is.
+
+    Raises:
+        StopIteration: The format or precision is none that this release knows.
+    """
+    precision = artefact.precision or pb.PRECISION_FP32
+    return Variant(
+        next(form for form, wire in WIRE_FORMATS.items() if wire == artefact.format),
+        next(kept for kept, wire in WIRE_PRECISIONS.items() if wire == precision),
+    )

@@ -11,7 +11,8 @@ from pathlib import Path
 from google.protobuf import json_format
 
 from convoy.v1 import model_manifest_pb2 as pb
-from export.formats import WIRE_FORMATS, ArtefactFormat
+from export.cost import BatchLatency, count_multiply_adds
+from export.formats import WIRE_FORMATS, WIRE_PRECISIONS, Variant
 from export.proof import Parity
 from export.servable import INPUT_NAME, Outputs
 from export.source import ModelSource
@@ -29,9 +30,10 @@ _INTERPOLATIONS = {
 class ProvedArtefact:
     """A file that passed its gate."""
 
-    format: ArtefactFormat
+    variant: Variant
     path: Path
     parity: Parity
+    latencies: Sequence[BatchLatency]
 
 
 def build(
@@ -72,6 +74,7 @@ def build(
             architecture_arguments_json=json.dumps(dict(source.architecture_arguments)),
             data=source.data.spec,
             parameters=source.parameters,
+            multiply_adds=count_multiply_adds(source.net, size.height_px, size.width_px),
             accuracy=source.accuracy,
         ),
     )
@@ -91,7 +94,8 @@ def _producer() -> str:
 def _artefact(artefact: ProvedArtefact) -> pb.Artefact:
     parity = artefact.parity
     return pb.Artefact(
-        format=WIRE_FORMATS[artefact.format],
+        format=WIRE_FORMATS[artefact.variant.format],
+        precision=WIRE_PRECISIONS[artefact.variant.precision],
         file=_file(artefact.path),
         parity=pb.Parity(
             samples=parity.samples,
@@ -99,7 +103,13 @@ def _artefact(artefact: ProvedArtefact) -> pb.Artefact:
             max_logit_difference=parity.max_logit_difference,
             tolerance=parity.tolerance,
             argmax_agreement=parity.argmax_agreement,
+            reference_accuracy=parity.reference_accuracy,
+            accuracy=parity.accuracy,
         ),
+        latencies=[
+            pb.BatchLatency(batch_size=latency.batch_size, median_s=latency.median_s)
+            for latency in artefact.latencies
+        ],
     )
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from convoy.v1 import model_manifest_pb2 as pb
-from export import golden, manifest, onnx_format, torchscript
-from export.formats import ArtefactFormat
+from export import exported_program, golden, manifest, onnx_format, torchscript
+from export.cost import measure_latencies
+from export.formats import ArtefactFormat, Variant
 from export.manifest import ProvedArtefact
-from export.proof import FP32_GATE, Expectation, expect, prove
+from export.proof import GATES, Expectation, expect, prove
 from export.publishing import ModelFolder
 from export.servable import Run, Servable
 from export.source import ModelSource
@@ -23,11 +24,14 @@ class ExportOptions:
     """What to write.
 
     Attributes:
-        formats: One artefact of each.
+        variants: One artefact of each, the float32 ones first.
         script: TorchScript from source code in place of a trace.
     """
 
-    formats: Sequence[ArtefactFormat] = (ArtefactFormat.ONNX, ArtefactFormat.TORCHSCRIPT)
+    variants: Sequence[Variant] = (
+        Variant(ArtefactFormat.ONNX),
+        Variant(ArtefactFormat.TORCHSCRIPT),
+    )
     script: bool = False
 
 
@@ -42,7 +46,9 @@ class Published:
 LOADERS: dict[ArtefactFormat, Callable[[Path], Run]] = {
     ArtefactFormat.ONNX: onnx_format.load,
     ArtefactFormat.TORCHSCRIPT: torchscript.load,
+    ArtefactFormat.EXPORTED_PROGRAM: exported_program.load,
 }
+"""How each format is run here."""
 
 
 def export(
@@ -58,7 +64,7 @@ def export(
     expected = expect(source, real)
     with target.stage() as staged:
         workbench = _Workbench(source, target.name, staged, expected)
-        artefacts = [workbench.make(form, options) for form in options.formats]
+        artefacts = [workbench.make(variant, options) for variant in options.variants]
         samples = staged / manifest.SAMPLES_NAME
         count = golden.write(samples, expected)
         described = manifest.build(source, artefacts, samples, count, datetime.now(UTC))
@@ -79,19 +85,25 @@ class _Workbench:
     folder: Path
     expected: Expectation
 
-    def make(self, form: ArtefactFormat, options: ExportOptions) -> ProvedArtefact:
+    def make(self, variant: Variant, options: ExportOptions) -> ProvedArtefact:
         """Writes an artefact and proves the file itself, which is what will be served."""
-        path = self.folder / form.file_name
-        self._write(form, path, options)
-        parity = prove(path.name, LOADERS[form](path), self.expected, FP32_GATE)
-        return ProvedArtefact(form, path, parity)
+        path = self.folder / variant.file_name
+        self._write(variant, path, options)
+        run = LOADERS[variant.format](path)
+        parity = prove(path.name, run, self.expected, GATES[variant.precision])
+        return ProvedArtefact(
+            variant, path, parity, measure_latencies(run, self.expected.images[0])
+        )
 
-    def _write(self, form: ArtefactFormat, path: Path, options: ExportOptions) -> None:
+    def _write(self, variant: Variant, path: Path, options: ExportOptions) -> None:
         data = self.source.data
         servable = Servable(self.source.net, data.mean, data.std, self.source.temperature).eval()
         example = torch.from_numpy(self.expected.images[:2])  # [2, H, W, 3] uint8
         description = self.source.describe(self.name)
-        if form is ArtefactFormat.ONNX:
-            onnx_format.write(servable, example, path, description)
-        else:
-            torchscript.write(servable, example, path, description, options.script)
+        match variant.format:
+            case ArtefactFormat.ONNX:
+                onnx_format.write(servable, example, path, description)
+            case ArtefactFormat.TORCHSCRIPT:
+                torchscript.write(servable, example, path, description, options.script)
+            case ArtefactFormat.EXPORTED_PROGRAM:
+                exported_program.write(servable, example, path, description)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from export.formats import ArtefactFormat, Variant
 from export.pipeline import ExportOptions, Published, export
 from export.publishing import ModelFolder
 from export.samples import load_real
@@ -61,4 +62,4 @@ def published(
     source: ModelSource, real: ImageSet, tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
     target = ModelFolder(tmp_path_factory.mktemp("models"), "digits")
-    return export(source, real, target, ExportOptions())
+    return export(source, real, target, ExportOptions([Variant(form) for form in ArtefactFormat]))

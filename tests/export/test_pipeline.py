@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 
 from convoy.v1 import model_manifest_pb2 as pb
 from export.errors import ParityError, UnsupportedNetError
-from export.formats import ArtefactFormat
+from export.formats import ArtefactFormat, Variant
 from export.pipeline import LOADERS, ExportOptions, Published, export
 from export.publishing import ModelFolder
 from export.servable import Servable
@@ -43,10 +43,16 @@ def torchvision_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
         return net(torch.stack([prepare(image) for image in images])).numpy()
 
 
-def test_a_version_holds_exactly_the_four_files(published: Published) -> None:
+def test_a_version_holds_exactly_the_files_asked_for(published: Published) -> None:
     assert published.path.name == "1"
     names = {entry.name for entry in published.path.iterdir()}
-    assert names == {"manifest.json", "model.onnx", "model.torchscript", "samples.npz"}
+    assert names == {
+        "manifest.json",
+        "model.onnx",
+        "model.pt2",
+        "model.torchscript",
+        "samples.npz",
+    }
     assert not [entry for entry in published.path.parent.iterdir() if entry.name != "1"]
 
 
@@ -54,7 +60,7 @@ def test_every_file_has_the_size_and_digest_that_the_manifest_states(
     published: Published, manifest: pb.ModelManifest
 ) -> None:
     records = [artefact.file for artefact in manifest.artefacts] + [manifest.samples.file]
-    assert len(records) == 3
+    assert len(records) == 4
     for record in records:
         content = (published.path / record.name).read_bytes()
         assert len(content) == record.size_bytes
@@ -75,6 +81,18 @@ def test_manifest_says_what_the_checkpoint_said(
     assert dict(manifest.provenance.accuracy) == {"valid": 0.25}
 
 
+def test_manifest_records_cost_and_accuracy(manifest: pb.ModelManifest) -> None:
+    first = 32 * 32 * 8 * 3 * 9
+    blocks = 2 * 16 * 16 * 8 * 8 * 9
+    head = 8 * 8 * 8 * 32 + 32 * 10
+    assert manifest.provenance.multiply_adds == first + blocks + head
+    for artefact in manifest.artefacts:
+        assert artefact.precision == pb.PRECISION_FP32
+        assert [latency.batch_size for latency in artefact.latencies] == [1, 8, 32]
+        assert all(0 < latency.median_s < 5 for latency in artefact.latencies)
+        assert artefact.parity.accuracy == artefact.parity.reference_accuracy > 0
+
+
 @pytest.mark.parametrize("form", list(ArtefactFormat))
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 65])
 def test_an_artefact_agrees_with_torchvision_normalisation(
@@ -85,7 +103,7 @@ def test_an_artefact_agrees_with_torchvision_normalisation(
     batch_size: int,
 ) -> None:
     images = real.images[:batch_size]
-    found = LOADERS[form](published.path / form.file_name)(images)
+    found = LOADERS[form](published.path / Variant(form).file_name)(images)
     logits = torchvision_logits(source.net, images)
     np.testing.assert_allclose(found.logits, logits, atol=1e-5)
     scaled = np.exp(logits / TEMPERATURE)
@@ -157,7 +175,7 @@ def test_golden_samples_need_no_pickle_and_agree_with_their_png(
 def test_the_next_export_is_version_2_and_leaves_version_1_alone(
     source: ModelSource, real: ImageSet, tmp_path: Path
 ) -> None:
-    options = ExportOptions(formats=[ArtefactFormat.TORCHSCRIPT], script=True)
+    options = ExportOptions(variants=[Variant(ArtefactFormat.TORCHSCRIPT)], script=True)
     first = export(source, real, ModelFolder(tmp_path, "digits"), options)
     before = (first.path / "manifest.json").read_bytes()
     second = export(source, real, ModelFolder(tmp_path, "digits"), options)
@@ -178,7 +196,7 @@ def test_a_net_that_a_trace_cannot_hold_publishes_nothing(
             return pixels.mean((2, 3)).repeat(1, 4)[:, :10] * (-1.0 if dark else 1.0)
 
     moody = ModelSource(Moody().eval(), source.data, 1.0, source.checkpoint_sha256, "moody", {}, {})
-    options = ExportOptions(formats=[ArtefactFormat.TORCHSCRIPT])
+    options = ExportOptions(variants=[Variant(ArtefactFormat.TORCHSCRIPT)])
     with pytest.raises(ParityError, match=r"model.torchscript, batch size \d+, .* sample"):
         export(moody, real, ModelFolder(tmp_path, "digits"), options)
     assert not list(tmp_path.iterdir())
@@ -200,7 +218,7 @@ def test_a_net_that_onnx_cannot_express_publishes_nothing(
     broken = ModelSource(
         OneSize().eval(), source.data, 1.0, source.checkpoint_sha256, "one_size", {}, {}
     )
-    options = ExportOptions(formats=[ArtefactFormat.ONNX])
+    options = ExportOptions(variants=[Variant(ArtefactFormat.ONNX)])
     with pytest.raises((UnsupportedNetError, ParityError)):
         export(broken, real, ModelFolder(tmp_path, "digits"), options)
     assert not list(tmp_path.iterdir())

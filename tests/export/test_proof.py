@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 
 from export.errors import ParityError
-from export.proof import FP32_GATE, Expectation, Gate, expect, prove
+from export.formats import Precision
+from export.proof import GATES, Expectation, Gate, expect, prove
 from export.samples import MIN_REAL_SAMPLES
 from export.servable import Images, Outputs, Run
 from export.source import ModelSource
 from training.data import ImageSet
+
+FP32_GATE = GATES[Precision.FP32]
 
 
 @pytest.fixture(scope="module")

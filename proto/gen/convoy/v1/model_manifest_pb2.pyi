@@ -49,13 +49,39 @@ class _ArtefactFormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     ARTEFACT_FORMAT_UNSPECIFIED: _ArtefactFormat.ValueType  # 0
     ARTEFACT_FORMAT_ONNX: _ArtefactFormat.ValueType  # 1
     ARTEFACT_FORMAT_TORCHSCRIPT: _ArtefactFormat.ValueType  # 2
+    ARTEFACT_FORMAT_EXPORTED_PROGRAM: _ArtefactFormat.ValueType  # 3
+    """torch.export's archive, .pt2."""
 
 class ArtefactFormat(_ArtefactFormat, metaclass=_ArtefactFormatEnumTypeWrapper): ...
 
 ARTEFACT_FORMAT_UNSPECIFIED: ArtefactFormat.ValueType  # 0
 ARTEFACT_FORMAT_ONNX: ArtefactFormat.ValueType  # 1
 ARTEFACT_FORMAT_TORCHSCRIPT: ArtefactFormat.ValueType  # 2
+ARTEFACT_FORMAT_EXPORTED_PROGRAM: ArtefactFormat.ValueType  # 3
+"""torch.export's archive, .pt2."""
 Global___ArtefactFormat: typing_extensions.TypeAlias = ArtefactFormat
+
+class _Precision:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PrecisionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Precision.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PRECISION_UNSPECIFIED: _Precision.ValueType  # 0
+    PRECISION_FP32: _Precision.ValueType  # 1
+    PRECISION_FP16: _Precision.ValueType  # 2
+    PRECISION_BF16: _Precision.ValueType  # 3
+    PRECISION_INT8: _Precision.ValueType  # 4
+
+class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
+    """What the weights and the arithmetic between input and logits are kept in; unspecified means FP32."""
+
+PRECISION_UNSPECIFIED: Precision.ValueType  # 0
+PRECISION_FP32: Precision.ValueType  # 1
+PRECISION_FP16: Precision.ValueType  # 2
+PRECISION_BF16: Precision.ValueType  # 3
+PRECISION_INT8: Precision.ValueType  # 4
+Global___Precision: typing_extensions.TypeAlias = Precision
 
 @typing.final
 class ModelManifest(google.protobuf.message.Message):
@@ -211,29 +237,58 @@ Global___Normalization: typing_extensions.TypeAlias = Normalization
 
 @typing.final
 class Artefact(google.protobuf.message.Message):
-    """One runnable file of this version."""
+    """One runnable file of this version. Of each format, the FP32 one is listed first."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     FORMAT_FIELD_NUMBER: builtins.int
     FILE_FIELD_NUMBER: builtins.int
     PARITY_FIELD_NUMBER: builtins.int
+    PRECISION_FIELD_NUMBER: builtins.int
+    LATENCIES_FIELD_NUMBER: builtins.int
     format: Global___ArtefactFormat.ValueType
+    precision: Global___Precision.ValueType
     @property
     def file(self) -> Global___File: ...
     @property
     def parity(self) -> Global___Parity: ...
+    @property
+    def latencies(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BatchLatency]:
+        """Measured where it was exported; they seed a server's own measurements, no more."""
+
     def __init__(
         self,
         *,
         format: Global___ArtefactFormat.ValueType = ...,
         file: Global___File | None = ...,
         parity: Global___Parity | None = ...,
+        precision: Global___Precision.ValueType = ...,
+        latencies: collections.abc.Iterable[Global___BatchLatency] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["file", b"file", "parity", b"parity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["file", b"file", "format", b"format", "parity", b"parity"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["file", b"file", "format", b"format", "latencies", b"latencies", "parity", b"parity", "precision", b"precision"]) -> None: ...
 
 Global___Artefact: typing_extensions.TypeAlias = Artefact
+
+@typing.final
+class BatchLatency(google.protobuf.message.Message):
+    """Time of one call with tensors in memory, on the exporter's CPU."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    MEDIAN_S_FIELD_NUMBER: builtins.int
+    batch_size: builtins.int
+    median_s: builtins.float
+    def __init__(
+        self,
+        *,
+        batch_size: builtins.int = ...,
+        median_s: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "median_s", b"median_s"]) -> None: ...
+
+Global___BatchLatency: typing_extensions.TypeAlias = BatchLatency
 
 @typing.final
 class File(google.protobuf.message.Message):
@@ -271,6 +326,8 @@ class Parity(google.protobuf.message.Message):
     MAX_LOGIT_DIFFERENCE_FIELD_NUMBER: builtins.int
     TOLERANCE_FIELD_NUMBER: builtins.int
     ARGMAX_AGREEMENT_FIELD_NUMBER: builtins.int
+    REFERENCE_ACCURACY_FIELD_NUMBER: builtins.int
+    ACCURACY_FIELD_NUMBER: builtins.int
     samples: builtins.int
     max_logit_difference: builtins.float
     """Largest absolute difference of any logit, over all batch sizes."""
@@ -278,6 +335,11 @@ class Parity(google.protobuf.message.Message):
     """What the difference had to stay under."""
     argmax_agreement: builtins.float
     """Share of the samples whose most probable class is the same, 0 to 1."""
+    reference_accuracy: builtins.float
+    """Accuracy on the real samples, 0 to 1: of the eager net, and the artefact's lowest over all batch
+    sizes. Absent where no labels were known.
+    """
+    accuracy: builtins.float
     @property
     def batch_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -288,8 +350,15 @@ class Parity(google.protobuf.message.Message):
         max_logit_difference: builtins.float = ...,
         tolerance: builtins.float = ...,
         argmax_agreement: builtins.float = ...,
+        reference_accuracy: builtins.float | None = ...,
+        accuracy: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["argmax_agreement", b"argmax_agreement", "batch_sizes", b"batch_sizes", "max_logit_difference", b"max_logit_difference", "samples", b"samples", "tolerance", b"tolerance"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_accuracy", b"_accuracy", "_reference_accuracy", b"_reference_accuracy", "accuracy", b"accuracy", "reference_accuracy", b"reference_accuracy"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_accuracy", b"_accuracy", "_reference_accuracy", b"_reference_accuracy", "accuracy", b"accuracy", "argmax_agreement", b"argmax_agreement", "batch_sizes", b"batch_sizes", "max_logit_difference", b"max_logit_difference", "reference_accuracy", b"reference_accuracy", "samples", b"samples", "tolerance", b"tolerance"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_accuracy", b"_accuracy"]) -> typing.Literal["accuracy"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_reference_accuracy", b"_reference_accuracy"]) -> typing.Literal["reference_accuracy"] | None: ...
 
 Global___Parity: typing_extensions.TypeAlias = Parity
 
@@ -344,6 +413,7 @@ class Provenance(google.protobuf.message.Message):
     DATA_FIELD_NUMBER: builtins.int
     PARAMETERS_FIELD_NUMBER: builtins.int
     ACCURACY_FIELD_NUMBER: builtins.int
+    MULTIPLY_ADDS_FIELD_NUMBER: builtins.int
     checkpoint_sha256: builtins.str
     """SHA-256 of the checkpoint."""
     architecture: builtins.str
@@ -352,6 +422,8 @@ class Provenance(google.protobuf.message.Message):
     data: builtins.str
     """The data it was trained on, e.g. "digits"."""
     parameters: builtins.int
+    multiply_adds: builtins.int
+    """Of one image, in convolutions and matrix products."""
     @property
     def accuracy(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Accuracy at training time, 0 to 1, by split: "valid", "test"."""
@@ -365,7 +437,36 @@ class Provenance(google.protobuf.message.Message):
         data: builtins.str = ...,
         parameters: builtins.int = ...,
         accuracy: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        multiply_adds: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["accuracy", b"accuracy", "architecture", b"architecture", "architecture_arguments_json", b"architecture_arguments_json", "checkpoint_sha256", b"checkpoint_sha256", "data", b"data", "parameters", b"parameters"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["accuracy", b"accuracy", "architecture", b"architecture", "architecture_arguments_json", b"architecture_arguments_json", "checkpoint_sha256", b"checkpoint_sha256", "data", b"data", "multiply_adds", b"multiply_adds", "parameters", b"parameters"]) -> None: ...
 
 Global___Provenance: typing_extensions.TypeAlias = Provenance
+
+@typing.final
+class ServingPolicy(google.protobuf.message.Message):
+    """Which version of a model is to be served, as JSON in models/NAME/policy.json, replaced atomically.
+    Where there is none, the newest version is meant.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCHEMA_VERSION_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    PREVIOUS_FIELD_NUMBER: builtins.int
+    schema_version: builtins.int
+    version: builtins.int
+    @property
+    def previous(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Versions that were promoted before, oldest first; a rollback takes the last one back."""
+
+    def __init__(
+        self,
+        *,
+        schema_version: builtins.int = ...,
+        version: builtins.int = ...,
+        previous: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["previous", b"previous", "schema_version", b"schema_version", "version", b"version"]) -> None: ...
+
+Global___ServingPolicy: typing_extensions.TypeAlias = ServingPolicy
