@@ -1,5 +1,6 @@
 """The Open Inference Protocol against a real server process, by the generated stub."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,11 @@ def stub(server: ServerProcess) -> Iterator[inference_pb2_grpc.GRPCInferenceServ
 def golden(repository: Path) -> dict[str, np.ndarray]:
     with np.load(repository / "digits" / "1" / "samples.npz", allow_pickle=False) as samples:
         return dict(samples)
+
+
+@pytest.fixture(scope="module")
+def temperature(repository: Path) -> float:
+    return json.loads((repository / "digits" / "1" / "manifest.json").read_text())["temperature"]
 
 
 def infer_request(images: np.ndarray, **changes: object) -> pb.ModelInferRequest:
@@ -68,12 +74,13 @@ def test_model_ready_of_an_unknown_model_is_false_and_no_error(stub, name, versi
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 16])
-def test_served_logits_are_those_of_the_exported_net(stub, golden, count):
+def test_served_logits_are_those_of_the_exported_net(stub, golden, temperature, count):
     reply = stub.ModelInfer(infer_request(golden["images"][:count]))
     assert (reply.model_name, reply.model_version, reply.id) == ("digits", "1", "seven")
     outputs = outputs_of(reply)
     np.testing.assert_allclose(outputs["logits"], golden["logits"][:count], atol=1e-4)
-    exponentials = np.exp(golden["logits"][:count].astype(np.float64))
+    scaled = golden["logits"][:count].astype(np.float64) / temperature
+    exponentials = np.exp(scaled - scaled.max(axis=1, keepdims=True))
     softmax = exponentials / exponentials.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(outputs["probabilities"], softmax, atol=1e-5)
 

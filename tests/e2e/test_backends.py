@@ -1,0 +1,41 @@
+"""The same published version served by each backend."""
+
+import grpc
+import numpy as np
+import pytest
+
+from convoy.oip.v2 import inference_pb2 as pb
+from convoy.oip.v2 import inference_pb2_grpc
+from tests.processes import ServerProcess, running_server
+
+
+def logits_of(server: ServerProcess, images: np.ndarray) -> np.ndarray:
+    with grpc.insecure_channel(server.address) as channel:
+        reply = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer(
+            pb.ModelInferRequest(
+                model_name="digits",
+                inputs=[{"name": "image", "datatype": "UINT8", "shape": images.shape}],
+                outputs=[{"name": "logits"}],
+                raw_input_contents=[images.tobytes()],
+            )
+        )
+    return np.frombuffer(reply.raw_output_contents[0], "<f4").reshape(len(images), -1)
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "provider"),
+    [
+        ("onnx", "onnx_onnxv1", "CPUExecutionProvider"),
+        ("torchscript", "pytorch_torchscript", "torch-cpu"),
+    ],
+)
+def test_each_backend_serves_the_logits_of_the_eager_net(repository, backend, platform, provider):
+    with np.load(repository / "digits" / "1" / "samples.npz", allow_pickle=False) as samples:
+        images, expected = samples["images"], samples["logits"]
+    with running_server(repository, "--backend", backend, "--device", "cpu") as server:
+        np.testing.assert_allclose(logits_of(server, images), expected, atol=1e-4)
+        with grpc.insecure_channel(server.address) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name="digits"))
+    assert metadata.platform == platform
+    assert dict(metadata.properties) == {"device": "cpu", "provider": provider}
