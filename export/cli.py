@@ -5,10 +5,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer.core import TyperGroup
 
-from convoy.v1 import model_manifest_pb2 as pb
 from export.formats import ArtefactFormat, Variant
 
 DEFAULT_COMMAND = "publish"
@@ -27,12 +25,21 @@ class _PublishByDefault(TyperGroup):
 app = typer.Typer(
     cls=_PublishByDefault,
     help="Turns a checkpoint into a proved model repository version. "
-    "CHECKPOINT as the first word is short for 'publish CHECKPOINT'.",
+    "A CHECKPOINT as the first word is short for 'publish CHECKPOINT'.",
     pretty_exceptions_enable=False,
 )
 
 Repository = Annotated[
     Path, typer.Option(help="The model repository; versions appear in REPOSITORY/NAME/.")
+]
+Name = Annotated[str, typer.Argument(help="Name the model is served under.")]
+VersionFolder = Annotated[
+    Path,
+    typer.Argument(exists=True, file_okay=False, help="A published version, as models/digits/3."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(help="Data with true classes; by default what the model was trained on."),
 ]
 
 
@@ -45,10 +52,7 @@ def publish(
     *,
     name: Annotated[str, typer.Option(help="Name the model is served under.")],
     repository: Repository = Path("models"),
-    data: Annotated[
-        str | None,
-        typer.Option(help="Data to prove the artefacts on; by default what the checkpoint names."),
-    ] = None,
+    data: Data = None,
     formats: Annotated[
         list[ArtefactFormat], typer.Option("--format", help="Artefact to write; repeat for more.")
     ] = [ArtefactFormat.ONNX, ArtefactFormat.TORCHSCRIPT],  # noqa: B006, typer copies it
@@ -59,43 +63,120 @@ def publish(
             help="Compile TorchScript from the source code, with control flow, instead of tracing.",
         ),
     ] = False,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(help="Ed25519 private key (PEM); a server can demand its signature."),
+    ] = None,
 ) -> None:
     """Exports a checkpoint, proves every artefact and publishes the next version of NAME.
 
     An artefact that differs from the eager net by more than its tolerance publishes nothing.
     """
-    from export.pipeline import ExportOptions, export
     from export.publishing import ModelFolder
-    from export.samples import load_real
+    from export.signing import read_private_key
     from export.source import from_checkpoint
 
     target = ModelFolder(repository, name)
+    key = read_private_key(sign_key) if sign_key else None
     source = from_checkpoint(checkpoint)
-    options = ExportOptions([Variant(form) for form in dict.fromkeys(formats)], script)
-    published = export(source, load_real(source, data), target, options)
-    console = Console()
-    console.print(parity_table(published.manifest))
-    console.print(f"published {published.path}", highlight=False, soft_wrap=True)
+
+    from export.pipeline import ExportOptions, export
+    from export.samples import load_real
+    from export.tables import parity_table
+
+    real = load_real(data or source.data.spec, source.data.classes, source.data.preprocessing)
+    variants = [Variant(form) for form in dict.fromkeys(formats)]
+    published = export(source, real, target, ExportOptions(variants, script, key))
+    title = f"{name} version {published.manifest.version} against the eager net"
+    Console().print(parity_table(title, published.parities))
+    Console().print(f"published {published.path}", highlight=False, soft_wrap=True)
 
 
-def parity_table(manifest: pb.ModelManifest) -> Table:
-    """Shows how each artefact of a version compares with the eager net."""
-    proved = manifest.artefacts[0].parity
-    sizes = ", ".join(map(str, proved.batch_sizes))
-    table = Table(
-        title=f"{manifest.name} version {manifest.version} against the eager net",
-        caption=f"{proved.samples} samples, batch sizes {sizes}, and in another order",
-    )
-    table.add_column("artefact", no_wrap=True)
-    for heading in ("kB", "largest difference", "tolerance", "same class"):
-        table.add_column(heading, justify="right")
-    for artefact in manifest.artefacts:
-        parity = artefact.parity
-        table.add_row(
-            artefact.file.name,
-            f"{artefact.file.size_bytes / 1e3:,.0f}",
-            f"{parity.max_logit_difference:.1e}",
-            f"{parity.tolerance:.1e}",
-            f"{parity.argmax_agreement:.1%}",
-        )
-    return table
+@app.command()
+def verify(
+    version: VersionFolder,
+    *,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="Prove against this checkpoint's net on real data, not on golden samples only.",
+        ),
+    ] = None,
+    data: Data = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Demand a signature by this Ed25519 key (PEM).")
+    ] = None,
+) -> None:
+    """Proves a published version again: digests, signature, and every artefact's answers."""
+    from export.proof import expect
+    from export.samples import load_real
+    from export.signing import check_signature, read_public_key
+    from export.source import from_checkpoint
+    from export.tables import parity_table
+    from export.versions import check_origin, golden_expectation, read_version
+    from export.versions import verify as prove_again
+
+    if public_key:
+        check_signature(version, read_public_key(public_key))
+    found = read_version(version)
+    if checkpoint:
+        source = from_checkpoint(checkpoint)
+        check_origin(found, source)
+        spec = data or source.data.spec
+        expected = expect(source, load_real(spec, source.data.classes, source.data.preprocessing))
+    else:
+        expected = golden_expectation(found)
+    title = f"{found.manifest.name} version {found.manifest.version}, proved again"
+    Console().print(parity_table(title, prove_again(found, expected)))
+
+
+@app.command()
+def diff(before: VersionFolder, after: VersionFolder, *, data: Data = None) -> None:
+    """Compares two versions: accuracy, agreement, speed, size, and the samples that changed."""
+    from export.comparison import compare
+    from export.manifest import preprocessing_of
+    from export.samples import load_real
+    from export.tables import comparison_table
+    from export.versions import read_version
+
+    old, new = read_version(before), read_version(after)
+    manifest = new.manifest
+    spec = data or manifest.provenance.data
+    real = load_real(spec, manifest.labels, preprocessing_of(manifest))
+    Console().print(comparison_table(old.manifest, compare(old, new, real)))
+
+
+@app.command()
+def show(version: VersionFolder) -> None:
+    """Shows what a published version says about itself, after checking its files."""
+    from export.tables import version_table
+    from export.versions import read_version
+
+    Console().print(version_table(read_version(version).manifest))
+
+
+@app.command()
+def promote(
+    name: Name,
+    version: Annotated[int, typer.Argument(help="Number of a published version.")],
+    *,
+    repository: Repository = Path("models"),
+) -> None:
+    """Has VERSION of NAME served, whatever is published later."""
+    from export.policy import promote as write_policy
+    from export.publishing import ModelFolder
+
+    policy = write_policy(ModelFolder(repository, name), version)
+    Console().print(f"{name}: version {policy.version} is to be served")
+
+
+@app.command()
+def rollback(name: Name, *, repository: Repository = Path("models")) -> None:
+    """Takes the last promotion of NAME back."""
+    from export.policy import rollback as write_policy
+    from export.publishing import ModelFolder
+
+    policy = write_policy(ModelFolder(repository, name))
+    Console().print(f"{name}: version {policy.version} is to be served again")

@@ -16,11 +16,12 @@ from export.formats import WIRE_FORMATS, WIRE_PRECISIONS, Variant
 from export.proof import Parity
 from export.servable import INPUT_NAME, Outputs
 from export.source import ModelSource
+from training.data.images import Interpolation, Preprocessing
 
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.npz"
 SCHEMA_VERSION = 1
-_INTERPOLATIONS = {
+_INTERPOLATIONS: dict[Interpolation, pb.Interpolation.ValueType] = {
     "bilinear": pb.INTERPOLATION_BILINEAR,
     "bicubic": pb.INTERPOLATION_BICUBIC,
 }
@@ -77,6 +78,15 @@ def build(
             multiply_adds=count_multiply_adds(source.net, size.height_px, size.width_px),
             accuracy=source.accuracy,
         ),
+    )
+
+
+def preprocessing_of(manifest: pb.ModelManifest) -> Preprocessing:
+    """Returns how a version's images are prepared, as `training` loads them."""
+    steps = manifest.preprocessing
+    names = {wire: name for name, wire in _INTERPOLATIONS.items()}
+    return Preprocessing(
+        steps.height_px, steps.width_px, steps.resize_shorter_px, names[steps.interpolation]
     )
 
 

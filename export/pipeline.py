@@ -6,13 +6,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from convoy.v1 import model_manifest_pb2 as pb
-from export import exported_program, golden, manifest, onnx_format, torchscript
+from export import exported_program, golden, manifest, onnx_format, signing, torchscript
 from export.cost import measure_latencies
 from export.formats import ArtefactFormat, Variant
 from export.manifest import ProvedArtefact
-from export.proof import GATES, Expectation, expect, prove
+from export.proof import GATES, Expectation, Parity, expect, prove
 from export.publishing import ModelFolder
 from export.servable import Run, Servable
 from export.source import ModelSource
@@ -26,6 +27,7 @@ class ExportOptions:
     Attributes:
         variants: One artefact of each, the float32 ones first.
         script: TorchScript from source code in place of a trace.
+        signing_key: Signs the manifest.
     """
 
     variants: Sequence[Variant] = (
@@ -33,6 +35,7 @@ class ExportOptions:
         Variant(ArtefactFormat.TORCHSCRIPT),
     )
     script: bool = False
+    signing_key: Ed25519PrivateKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Published:
 
     path: Path
     manifest: pb.ModelManifest
+    parities: dict[Variant, Parity]
 
 
 LOADERS: dict[ArtefactFormat, Callable[[Path], Run]] = {
@@ -73,9 +77,12 @@ def export(
         def seal(folder: Path, version: int) -> None:
             described.version = version
             (folder / manifest.MANIFEST_NAME).write_bytes(manifest.to_json(described))
+            if options.signing_key:
+                signing.sign(folder, options.signing_key)
 
         version = target.publish(staged, seal)
-    return Published(target.path / str(version), described)
+    parities = {artefact.variant: artefact.parity for artefact in artefacts}
+    return Published(target.path / str(version), described, parities)
 
 
 @dataclass(frozen=True, slots=True)

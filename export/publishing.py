@@ -67,7 +67,7 @@ class ModelFolder:
         """
         with _failures_reported(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path):
+            with self.locked():
                 self._sweep()
                 staged = Path(
                     tempfile.mkdtemp(
@@ -94,7 +94,7 @@ class ModelFolder:
         Raises:
             PublishError: The folder could not be completed or moved; nothing was published.
         """
-        with _failures_reported(self.path), _locked(self.path):
+        with self.locked(), _failures_reported(self.path):
             version = self._next_version()
             seal(staged, version)
             for file in staged.iterdir():
@@ -106,6 +106,20 @@ class ModelFolder:
             for folder in (self.path, self.repository):
                 _sync(folder)
         return version
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other exporters from numbering, publishing or promoting meanwhile.
+
+        Raises:
+            PublishError: The folder of the model is missing or cannot be locked.
+        """
+        with _failures_reported(self.path):
+            descriptor = _lock(self.path, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
 
     def _next_version(self) -> int:
         return max(self.versions(), default=0) + 1
@@ -126,15 +140,6 @@ def _lock(folder: Path, flags: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    descriptor = _lock(folder, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

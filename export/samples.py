@@ -1,11 +1,12 @@
 """The images that a model is proved on: real ones of its own data, and hostile ones."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from export.errors import InputError, one_line
 from export.servable import Images
-from export.source import ModelSource
-from training.data import ImageSet, load_data
+from training.data import ImageSet, Preprocessing, load_data
 from training.errors import TrainingError
 
 MIN_REAL_SAMPLES = 256
@@ -13,24 +14,24 @@ MAX_REAL_SAMPLES = 512
 _SEED = 0
 
 
-def load_real(source: ModelSource, spec: str | None) -> ImageSet:
+def load_real(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -> ImageSet:
     """Loads validation images, with training images where those are fewer than the proof needs.
 
     Args:
-        source: Whose preprocessing prepares them.
-        spec: The data, where it is not (or no longer) what the checkpoint names.
+        spec: The data, as `training` names it.
+        classes: The model's, which must be those of the data.
+        preprocessing: The model's.
 
     Raises:
         InputError: The data cannot be loaded, or its classes are not the model's.
     """
-    spec = spec or source.data.spec
     try:
-        dataset = load_data(spec, source.data.preprocessing)
+        dataset = load_data(spec, preprocessing)
     except (TrainingError, OSError) as error:
         raise InputError(f"data {spec!r}: {one_line(error)}") from error
-    if tuple(dataset.classes) != tuple(source.data.classes):
+    if tuple(dataset.classes) != tuple(classes):
         raise InputError(
-            f"data {spec!r}: expected the model's {len(source.data.classes)} classes, "
+            f"data {spec!r}: expected the model's {len(classes)} classes, "
             f"found {len(dataset.classes)}, of other names or in another order"
         )
     real = _spread(dataset.valid, MAX_REAL_SAMPLES)

@@ -54,7 +54,7 @@ def source(tiny_checkpoint: Path) -> ModelSource:
 
 @pytest.fixture(scope="session")
 def real(source: ModelSource) -> ImageSet:
-    return load_real(source, None)
+    return load_real("digits", source.data.classes, source.data.preprocessing)
 
 
 @pytest.fixture(scope="session")
