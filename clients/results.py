@@ -1,0 +1,100 @@
+"""What the server says, as plain values."""
+
+from dataclasses import dataclass
+
+from convoy.v1 import classifier_pb2 as pb
+
+_NS_PER_S = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class ClassScore:
+    """A class with its probability, 0 to 1."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Where a request's time went inside the server, in seconds."""
+
+    decode_s: float
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """The answer for one image.
+
+    Attributes:
+        model: Its name.
+        version: The version that answered.
+        classes: In falling order of probability, as many as were asked for.
+        batch_size: Images in the batch in which this one was run.
+    """
+
+    model: str
+    version: int
+    classes: tuple[ClassScore, ...]
+    times: StageTimes
+    batch_size: int
+
+    @property
+    def best(self) -> ClassScore:
+        """The most probable class."""
+        return self.classes[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model version in service.
+
+    Attributes:
+        backend: What runs it, e.g. "onnx".
+        device: Where it really runs, e.g. "cuda:0".
+        provider: The execution provider, e.g. "CUDAExecutionProvider".
+    """
+
+    name: str
+    version: int
+    ready: bool
+    height_px: int
+    width_px: int
+    labels: tuple[str, ...]
+    backend: str
+    device: str
+    provider: str
+    max_batch_size: int
+
+
+def classification(reply: pb.ClassifyResponse) -> Classification:
+    """Converts a reply."""
+    times = reply.times
+    return Classification(
+        model=reply.model,
+        version=reply.version,
+        classes=tuple(ClassScore(c.label, c.index, c.probability) for c in reply.classes),
+        times=StageTimes(
+            times.decode_ns / _NS_PER_S, times.queue_ns / _NS_PER_S, times.inference_ns / _NS_PER_S
+        ),
+        batch_size=reply.batch_size,
+    )
+
+
+def model_status(message: pb.ModelStatus) -> ModelStatus:
+    """Converts one entry of a list of models."""
+    return ModelStatus(
+        name=message.model,
+        version=message.version,
+        ready=message.ready,
+        height_px=message.height,
+        width_px=message.width,
+        labels=tuple(message.labels),
+        backend=message.backend,
+        device=message.device,
+        provider=message.provider,
+        max_batch_size=message.max_batch_size,
+    )
