@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from export.formats import ArtefactFormat, Variant
+from export.formats import ArtefactFormat, Precision, choose_variants
 
 DEFAULT_COMMAND = "publish"
 
@@ -56,6 +56,14 @@ def publish(
     formats: Annotated[
         list[ArtefactFormat], typer.Option("--format", help="Artefact to write; repeat for more.")
     ] = [ArtefactFormat.ONNX, ArtefactFormat.TORCHSCRIPT],  # noqa: B006, typer copies it
+    precisions: Annotated[
+        list[Precision],
+        typer.Option(
+            "--precision",
+            help="Write further artefacts beside the float32 ones: fp16 and bf16 (not ONNX) for "
+            "CUDA, int8 for ONNX on a CPU; repeat for more.",
+        ),
+    ] = [Precision.FP32],  # noqa: B006, typer copies it
     script: Annotated[
         bool,
         typer.Option(
@@ -81,12 +89,14 @@ def publish(
     source = from_checkpoint(checkpoint)
 
     from export.pipeline import ExportOptions, export
-    from export.samples import load_real
+    from export.samples import load_samples
     from export.tables import parity_table
 
-    real = load_real(data or source.data.spec, source.data.classes, source.data.preprocessing)
-    variants = [Variant(form) for form in dict.fromkeys(formats)]
-    published = export(source, real, target, ExportOptions(variants, script, key))
+    proof_data = load_samples(
+        data or source.data.spec, source.data.classes, source.data.preprocessing
+    )
+    variants = choose_variants(formats, precisions)
+    published = export(source, proof_data, target, ExportOptions(variants, script, key))
     title = f"{name} version {published.manifest.version} against the eager net"
     Console().print(parity_table(title, published.parities))
     Console().print(f"published {published.path}", highlight=False, soft_wrap=True)
@@ -111,7 +121,7 @@ def verify(
 ) -> None:
     """Proves a published version again: digests, signature, and every artefact's answers."""
     from export.proof import expect
-    from export.samples import load_real
+    from export.samples import load_samples
     from export.signing import check_signature, read_public_key
     from export.source import from_checkpoint
     from export.tables import parity_table
@@ -125,7 +135,8 @@ def verify(
         source = from_checkpoint(checkpoint)
         check_origin(found, source)
         spec = data or source.data.spec
-        expected = expect(source, load_real(spec, source.data.classes, source.data.preprocessing))
+        proof_data = load_samples(spec, source.data.classes, source.data.preprocessing)
+        expected = expect(source, proof_data.real)
     else:
         expected = golden_expectation(found)
     title = f"{found.manifest.name} version {found.manifest.version}, proved again"
@@ -137,14 +148,14 @@ def diff(before: VersionFolder, after: VersionFolder, *, data: Data = None) -> N
     """Compares two versions: accuracy, agreement, speed, size, and the samples that changed."""
     from export.comparison import compare
     from export.manifest import preprocessing_of
-    from export.samples import load_real
+    from export.samples import load_samples
     from export.tables import comparison_table
     from export.versions import read_version
 
     old, new = read_version(before), read_version(after)
     manifest = new.manifest
     spec = data or manifest.provenance.data
-    real = load_real(spec, manifest.labels, preprocessing_of(manifest))
+    real = load_samples(spec, manifest.labels, preprocessing_of(manifest)).real
     Console().print(comparison_table(old.manifest, compare(old, new, real)))
 
 

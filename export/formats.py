@@ -1,5 +1,6 @@
 """The kinds of artefact; kept apart so that the command line starts without loading torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +23,15 @@ class Precision(Enum):
     BF16 = "bf16"
     INT8 = "int8"
 
+
+SUPPORTED_FORMATS = {
+    Precision.FP32: frozenset(ArtefactFormat),
+    Precision.FP16: frozenset(ArtefactFormat),
+    # ONNX Runtime has no bfloat16 convolution on a CPU, so it could not be proved here.
+    Precision.BF16: frozenset({ArtefactFormat.TORCHSCRIPT, ArtefactFormat.EXPORTED_PROGRAM}),
+    Precision.INT8: frozenset({ArtefactFormat.ONNX}),
+}
+"""Which formats each precision is written in."""
 
 WIRE_FORMATS = {
     ArtefactFormat.ONNX: pb.ARTEFACT_FORMAT_ONNX,
@@ -57,6 +67,19 @@ class Variant:
         """Name of the file beside the manifest."""
         precision = "" if self.precision is Precision.FP32 else f".{self.precision.value}"
         return f"model{precision}.{_SUFFIXES[self.format]}"
+
+
+def choose_variants(
+    formats: Sequence[ArtefactFormat], precisions: Sequence[Precision]
+) -> list[Variant]:
+    """Returns every format in float32 and, after these, in each further precision that it has."""
+    ordered = dict.fromkeys((Precision.FP32, *precisions))
+    return [
+        Variant(form, precision)
+        for precision in ordered
+        for form in dict.fromkeys(formats)
+        if form in SUPPORTED_FORMATS[precision]
+    ]
 
 
 def variant_of(artefact: pb.Artefact) -> Variant:

@@ -9,15 +9,15 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from convoy.v1 import model_manifest_pb2 as pb
-from export import exported_program, golden, manifest, onnx_format, signing, torchscript
+from export import exported_program, golden, int8, manifest, onnx_format, signing, torchscript
 from export.cost import measure_latencies
-from export.formats import ArtefactFormat, Variant
+from export.formats import ArtefactFormat, Precision, Variant
 from export.manifest import ProvedArtefact
 from export.proof import GATES, Expectation, Parity, expect, prove
 from export.publishing import ModelFolder
-from export.servable import Run, Servable
+from export.samples import Samples
+from export.servable import Images, Run, Servable
 from export.source import ModelSource
-from training.data import ImageSet
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,12 @@ class Published:
     parities: dict[Variant, Parity]
 
 
+_DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+}
+
 LOADERS: dict[ArtefactFormat, Callable[[Path], Run]] = {
     ArtefactFormat.ONNX: onnx_format.load,
     ArtefactFormat.TORCHSCRIPT: torchscript.load,
@@ -56,7 +62,7 @@ LOADERS: dict[ArtefactFormat, Callable[[Path], Run]] = {
 
 
 def export(
-    source: ModelSource, real: ImageSet, target: ModelFolder, options: ExportOptions
+    source: ModelSource, proof_data: Samples, target: ModelFolder, options: ExportOptions
 ) -> Published:
     """Publishes a source as the next version of a model, if every artefact passes its gate.
 
@@ -65,9 +71,9 @@ def export(
         ParityError: An artefact failed its gate.
         PublishError: The repository cannot be written to.
     """
-    expected = expect(source, real)
+    expected = expect(source, proof_data.real)
     with target.stage() as staged:
-        workbench = _Workbench(source, target.name, staged, expected)
+        workbench = _Workbench(source, target.name, staged, expected, proof_data.calibration.images)
         artefacts = [workbench.make(variant, options) for variant in options.variants]
         samples = staged / manifest.SAMPLES_NAME
         count = golden.write(samples, expected)
@@ -91,6 +97,7 @@ class _Workbench:
     name: str
     folder: Path
     expected: Expectation
+    calibration: Images
 
     def make(self, variant: Variant, options: ExportOptions) -> ProvedArtefact:
         """Writes an artefact and proves the file itself, which is what will be served."""
@@ -103,8 +110,14 @@ class _Workbench:
         )
 
     def _write(self, variant: Variant, path: Path, options: ExportOptions) -> None:
-        data = self.source.data
-        servable = Servable(self.source.net, data.mean, data.std, self.source.temperature).eval()
+        if variant.precision is Precision.INT8:
+            float_path = self.folder / Variant(variant.format).file_name
+            int8.quantize(float_path, path, self.calibration)
+            return
+        data, dtype = self.source.data, _DTYPES[variant.precision]
+        servable = Servable(
+            self.source.net, data.mean, data.std, self.source.temperature, dtype
+        ).eval()
         example = torch.from_numpy(self.expected.images[:2])  # [2, H, W, 3] uint8
         description = self.source.describe(self.name)
         match variant.format:

@@ -34,12 +34,14 @@ class Gate:
         scale: Size of the logits that atol was measured on.
         min_agreement: Share of samples whose most probable class must be the same, 0 to 1.
         max_accuracy_drop: How much accuracy may be lost on the real samples, 0 to 1.
+        binds_hostile: Whether hostile samples must agree too; else they must only give numbers.
     """
 
     atol: float
     scale: float
     min_agreement: float
     max_accuracy_drop: float
+    binds_hostile: bool = True
 
     def tolerance(self, logits: NDArray[np.float32]) -> float:
         """Returns the largest difference allowed beside these logits of the eager net."""
@@ -48,8 +50,14 @@ class Gate:
 
 GATES = {
     Precision.FP32: Gate(atol=1e-4, scale=10.0, min_agreement=1.0, max_accuracy_drop=0.0),
+    Precision.FP16: Gate(atol=0.05, scale=10.0, min_agreement=0.999, max_accuracy_drop=0.003),
+    Precision.BF16: Gate(atol=0.5, scale=10.0, min_agreement=0.99, max_accuracy_drop=0.003),
+    # Ranges are calibrated on real images, so what lies beyond them may be clipped.
+    Precision.INT8: Gate(
+        atol=1.0, scale=10.0, min_agreement=0.98, max_accuracy_drop=0.005, binds_hostile=False
+    ),
 }
-"""Measured differences of trained nets, with room: 3e-6 in float32."""
+"""Measured differences of trained nets with room: 3e-6, 0.012, 0.21 and 0.31 in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +145,13 @@ def prove(
     count = len(expected.images)
     in_order, shuffled = np.arange(count), np.random.default_rng(_SEED).permutation(count)
     rounds = [(size, in_order) for size in batch_sizes] + [(_SHUFFLED_BATCH, shuffled)]
+    bound = count if gate.binds_hostile else expected.real_count
     largest, agreement, accuracy = 0.0, 1.0, 1.0
     for batch_size, rows in rounds:
         where = f"{artefact}, batch size {batch_size}"
         found = _run_in_batches(where, run, expected, rows, batch_size)
-        largest = max(largest, _check_difference(where, found, expected, tolerance))
-        agreement = min(agreement, _check_agreement(where, found, expected, gate))
+        largest = max(largest, _check_difference(where, found, expected, tolerance, bound))
+        agreement = min(agreement, _check_agreement(where, found, expected, gate, bound))
         accuracy = min(accuracy, expected.accuracy(found.logits))
     reference = expected.accuracy(expected.outputs.logits)
     if reference - accuracy > gate.max_accuracy_drop:
@@ -180,12 +189,17 @@ def _run_in_batches(
     return found
 
 
-def _check_difference(where: str, found: Outputs, expected: Expectation, tolerance: float) -> float:
+def _check_difference(
+    where: str, found: Outputs, expected: Expectation, tolerance: float, bound: int
+) -> float:
+    """Returns the largest difference of a logit among the first bound samples."""
     largest = 0.0
     for name, ours, theirs in zip(Outputs._fields, found, expected.outputs, strict=True):
         differences = np.abs(ours - theirs).max(axis=1)  # [N]
         # A NaN is the worst difference there is, but compares as none.
-        differences = np.nan_to_num(differences, nan=np.inf)
+        broken = ~np.isfinite(differences)
+        differences[bound:] = 0.0
+        differences[broken] = np.inf
         worst = int(differences.argmax())
         if differences[worst] > tolerance:
             raise ParityError(
@@ -197,16 +211,18 @@ def _check_difference(where: str, found: Outputs, expected: Expectation, toleran
     return largest
 
 
-def _check_agreement(where: str, found: Outputs, expected: Expectation, gate: Gate) -> float:
-    reference = expected.outputs.logits
-    rows = np.arange(len(reference))
-    chosen = reference[rows, found.logits.argmax(axis=1)]
+def _check_agreement(
+    where: str, found: Outputs, expected: Expectation, gate: Gate, bound: int
+) -> float:
+    """Returns the share of the first bound samples that get the eager net's class."""
+    reference = expected.outputs.logits[:bound]
+    chosen = reference[np.arange(bound), found.logits[:bound].argmax(axis=1)]
     agrees = reference.max(axis=1) - chosen <= _TIE_MARGIN
     agreement = float(agrees.mean())
     if agreement < gate.min_agreement:
         worst = int((~agrees).argmax())
         raise ParityError(
             f"{where}, {expected.names[worst]}: expected the eager net's class for at least "
-            f"{gate.min_agreement:.1%} of {len(agrees)} samples, got {agreement:.1%}"
+            f"{gate.min_agreement:.1%} of {bound} samples, got {agreement:.1%}"
         )
     return agreement

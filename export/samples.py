@@ -1,8 +1,10 @@
 """The images that a model is proved on: real ones of its own data, and hostile ones."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from export.errors import InputError, one_line
 from export.servable import Images
@@ -11,11 +13,25 @@ from training.errors import TrainingError
 
 MIN_REAL_SAMPLES = 256
 MAX_REAL_SAMPLES = 512
+CALIBRATION_SAMPLES = 512
 _SEED = 0
 
 
-def load_real(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -> ImageSet:
-    """Loads validation images, with training images where those are fewer than the proof needs.
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Real images of a model's own data.
+
+    Attributes:
+        real: Validation images for the proof, with training images where those are too few.
+        calibration: Training images that are not in real.
+    """
+
+    real: ImageSet
+    calibration: ImageSet
+
+
+def load_samples(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -> Samples:
+    """Loads the images to prove a model on.
 
     Args:
         spec: The data, as `training` names it.
@@ -34,13 +50,14 @@ def load_real(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -
             f"data {spec!r}: expected the model's {len(classes)} classes, "
             f"found {len(dataset.classes)}, of other names or in another order"
         )
-    real = _spread(dataset.valid, MAX_REAL_SAMPLES)
-    if missing := max(0, MIN_REAL_SAMPLES - len(real)):
-        more = _spread(dataset.train, missing)
-        real = ImageSet(
-            np.concatenate([real.images, more.images]), np.concatenate([real.labels, more.labels])
-        )
-    return real
+    real = dataset.valid.take(_spread(len(dataset.valid), MAX_REAL_SAMPLES))
+    training_rows = np.arange(len(dataset.train))
+    more = _spread(len(training_rows), max(0, MIN_REAL_SAMPLES - len(real)))
+    rest = np.delete(training_rows, more)
+    return Samples(
+        real=_join(real, dataset.train.take(more)),
+        calibration=dataset.train.take(rest[_spread(len(rest), CALIBRATION_SAMPLES)]),
+    )
 
 
 def hostile(height_px: int, width_px: int) -> dict[str, Images]:
@@ -57,7 +74,12 @@ def hostile(height_px: int, width_px: int) -> dict[str, Images]:
     }
 
 
-def _spread(images: ImageSet, count: int) -> ImageSet:
-    """Returns at most count of the images, evenly spaced over the order they are in."""
-    rows = np.linspace(0, len(images) - 1, num=min(count, len(images)), dtype=np.int64)
-    return images.take(rows)
+def _spread(length: int, count: int) -> NDArray[np.int64]:
+    """Returns at most count of the rows 0 to length - 1, evenly spaced."""
+    return np.linspace(0, length - 1, num=min(count, length), dtype=np.int64)
+
+
+def _join(first: ImageSet, second: ImageSet) -> ImageSet:
+    return ImageSet(
+        np.concatenate([first.images, second.images]), np.concatenate([first.labels, second.labels])
+    )

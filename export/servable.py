@@ -3,6 +3,7 @@
 N images, H x W pixels, K classes.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -36,16 +37,24 @@ class Servable(nn.Module):
     Calibration of Modern Neural Networks").
     """
 
+    dtype: torch.dtype
     scale: Tensor
     shift: Tensor
 
     def __init__(
-        self, net: nn.Module, mean: Sequence[float], std: Sequence[float], temperature: float
+        self,
+        net: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        temperature: float,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         channels = (1, len(mean), 1, 1)
         mean_, std_ = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
-        self.net = net
+        # A copy where it is converted, since to() would change the caller's net.
+        self.net = net if dtype == torch.float32 else copy.deepcopy(net).to(dtype)
+        self.dtype = dtype
         self.temperature = temperature
         self.register_buffer("scale", (1 / (255 * std_)).float().reshape(channels))
         self.register_buffer("shift", (-mean_ / std_).float().reshape(channels))
@@ -54,5 +63,6 @@ class Servable(nn.Module):
         """Maps images `[N, H, W, 3]` uint8 to logits and probabilities, both `[N, K]` float32."""
         # Without contiguous() the ONNX exporter writes the net's pooling as shape arithmetic.
         pixels = image.permute(0, 3, 1, 2).contiguous().float()  # [N, 3, H, W] float32
-        logits = self.net(pixels * self.scale + self.shift).float()  # [N, K]
+        pixels = (pixels * self.scale + self.shift).to(self.dtype)
+        logits = self.net(pixels).float()  # [N, K]
         return logits, torch.softmax(logits / self.temperature, dim=1)

@@ -102,6 +102,7 @@ def _gate(variant: Variant, artefact: pb.Artefact) -> Gate:
         scale=np.inf,
         min_agreement=min(standard.min_agreement, 1 - few),
         max_accuracy_drop=max(standard.max_accuracy_drop, few),
+        binds_hostile=standard.binds_hostile,
     )
 
 

@@ -8,7 +8,7 @@ import torch
 from export.formats import ArtefactFormat, Variant
 from export.pipeline import ExportOptions, Published, export
 from export.publishing import ModelFolder
-from export.samples import load_real
+from export.samples import Samples, load_samples
 from export.source import ModelSource, from_checkpoint
 from training import checkpoints, nets
 from training.checkpoints import Architecture, Checkpoint, DataDescription
@@ -53,13 +53,20 @@ def source(tiny_checkpoint: Path) -> ModelSource:
 
 
 @pytest.fixture(scope="session")
-def real(source: ModelSource) -> ImageSet:
-    return load_real("digits", source.data.classes, source.data.preprocessing)
+def samples(source: ModelSource) -> Samples:
+    return load_samples("digits", source.data.classes, source.data.preprocessing)
+
+
+@pytest.fixture(scope="session")
+def real(samples: Samples) -> ImageSet:
+    return samples.real
 
 
 @pytest.fixture(scope="session")
 def published(
-    source: ModelSource, real: ImageSet, tmp_path_factory: pytest.TempPathFactory
+    source: ModelSource, samples: Samples, tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
     target = ModelFolder(tmp_path_factory.mktemp("models"), "digits")
-    return export(source, real, target, ExportOptions([Variant(form) for form in ArtefactFormat]))
+    return export(
+        source, samples, target, ExportOptions([Variant(form) for form in ArtefactFormat])
+    )

@@ -22,6 +22,7 @@ from export.errors import ParityError, UnsupportedNetError
 from export.formats import ArtefactFormat, Variant
 from export.pipeline import LOADERS, ExportOptions, Published, export
 from export.publishing import ModelFolder
+from export.samples import Samples
 from export.servable import Servable
 from export.source import ModelSource
 from tests.export.conftest import MEAN, STD, TEMPERATURE
@@ -173,12 +174,12 @@ def test_golden_samples_need_no_pickle_and_agree_with_their_png(
 
 
 def test_the_next_export_is_version_2_and_leaves_version_1_alone(
-    source: ModelSource, real: ImageSet, tmp_path: Path
+    source: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:
     options = ExportOptions(variants=[Variant(ArtefactFormat.TORCHSCRIPT)], script=True)
-    first = export(source, real, ModelFolder(tmp_path, "digits"), options)
+    first = export(source, samples, ModelFolder(tmp_path, "digits"), options)
     before = (first.path / "manifest.json").read_bytes()
-    second = export(source, real, ModelFolder(tmp_path, "digits"), options)
+    second = export(source, samples, ModelFolder(tmp_path, "digits"), options)
     assert second.path == tmp_path / "digits" / "2"
     assert second.manifest.version == 2
     assert (first.path / "manifest.json").read_bytes() == before
@@ -186,7 +187,7 @@ def test_the_next_export_is_version_2_and_leaves_version_1_alone(
 
 
 def test_a_net_that_a_trace_cannot_hold_publishes_nothing(
-    source: ModelSource, real: ImageSet, tmp_path: Path
+    source: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:
     class Moody(nn.Module):
         """Looks at its input to decide, which a trace cannot."""
@@ -198,12 +199,12 @@ def test_a_net_that_a_trace_cannot_hold_publishes_nothing(
     moody = ModelSource(Moody().eval(), source.data, 1.0, source.checkpoint_sha256, "moody", {}, {})
     options = ExportOptions(variants=[Variant(ArtefactFormat.TORCHSCRIPT)])
     with pytest.raises(ParityError, match=r"model.torchscript, batch size \d+, .* sample"):
-        export(moody, real, ModelFolder(tmp_path, "digits"), options)
+        export(moody, samples, ModelFolder(tmp_path, "digits"), options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_net_that_onnx_cannot_express_publishes_nothing(
-    source: ModelSource, real: ImageSet, tmp_path: Path
+    source: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:
     class OneSize(nn.Module):
         """Works for the example's batch size only."""
@@ -220,7 +221,7 @@ def test_a_net_that_onnx_cannot_express_publishes_nothing(
     )
     options = ExportOptions(variants=[Variant(ArtefactFormat.ONNX)])
     with pytest.raises((UnsupportedNetError, ParityError)):
-        export(broken, real, ModelFolder(tmp_path, "digits"), options)
+        export(broken, samples, ModelFolder(tmp_path, "digits"), options)
     assert not list(tmp_path.iterdir())
 
 

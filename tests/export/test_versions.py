@@ -18,6 +18,7 @@ from export.formats import ArtefactFormat, Variant
 from export.pipeline import ExportOptions, Published, export
 from export.policy import promote, read_policy, rollback
 from export.publishing import ModelFolder
+from export.samples import Samples
 from export.signing import check_signature
 from export.source import ModelSource
 from export.versions import golden_expectation, read_version, verify
@@ -38,7 +39,7 @@ def version(published: Published, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def other(
-    source: ModelSource, real: ImageSet, tmp_path_factory: pytest.TempPathFactory
+    source: ModelSource, samples: Samples, tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
     """A version of a net with other weights."""
     net = nets.create(source.architecture, **source.architecture_arguments).eval()
@@ -47,7 +48,7 @@ def other(
         net, source.data, 1.0, "0" * 64, source.architecture, source.architecture_arguments, {}
     )
     target = ModelFolder(tmp_path_factory.mktemp("other"), "digits")
-    return export(changed, real, target, ExportOptions([Variant(ArtefactFormat.TORCHSCRIPT)]))
+    return export(changed, samples, target, ExportOptions([Variant(ArtefactFormat.TORCHSCRIPT)]))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

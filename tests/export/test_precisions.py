@@ -1,0 +1,157 @@
+"""fp16, bf16 and int8 beside float32, of a net that has learnt something."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from convoy.v1 import model_manifest_pb2 as pb
+from export.errors import ParityError
+from export.formats import ArtefactFormat, Precision, Variant, choose_variants
+from export.pipeline import ExportOptions, Published, export
+from export.publishing import ModelFolder
+from export.samples import Samples, load_samples
+from export.source import ModelSource
+from export.versions import golden_expectation, read_version, verify
+from tests.export.conftest import MEAN, STD
+from training import nets
+from training.data import load_data
+
+
+@pytest.fixture(scope="module")
+def trained(source: ModelSource) -> ModelSource:
+    """The tiny net after three epochs of Adam on digits."""
+    torch.manual_seed(0)
+    net = nets.create(source.architecture, **source.architecture_arguments).train()
+    train = load_data("digits").train
+    pixels = torch.from_numpy(train.images).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (MEAN, STD))
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(3):
+        for rows in torch.randperm(len(pixels)).split(64):
+            loss = torch.nn.functional.cross_entropy(
+                net((pixels[rows] - mean) / std), torch.from_numpy(train.labels)[rows]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return ModelSource(
+        net.eval(),
+        source.data,
+        1.0,
+        "0" * 64,
+        source.architecture,
+        source.architecture_arguments,
+        {},
+    )
+
+
+@pytest.fixture(scope="module")
+def variants(
+    trained: ModelSource, samples: Samples, tmp_path_factory: pytest.TempPathFactory
+) -> Published:
+    options = ExportOptions(choose_variants(list(ArtefactFormat), list(Precision)))
+    return export(
+        trained, samples, ModelFolder(tmp_path_factory.mktemp("models"), "digits"), options
+    )
+
+
+def test_each_precision_is_written_in_the_formats_that_have_it(variants: Published) -> None:
+    assert {path.name for path in variants.path.glob("model*")} == {
+        "model.onnx",
+        "model.torchscript",
+        "model.pt2",
+        "model.fp16.onnx",
+        "model.fp16.torchscript",
+        "model.fp16.pt2",
+        "model.bf16.torchscript",
+        "model.bf16.pt2",
+        "model.int8.onnx",
+    }
+    precisions = [artefact.precision for artefact in variants.manifest.artefacts]
+    assert precisions[:3] == [pb.PRECISION_FP32] * 3, "readers take the first of a format"
+
+
+def test_lower_precisions_keep_the_accuracy_within_their_gates(variants: Published) -> None:
+    reference = variants.parities[Variant(ArtefactFormat.ONNX)].reference_accuracy
+    assert reference > 0.85, "a net that has learnt nothing proves nothing"
+    for variant, parity in variants.parities.items():
+        assert parity.argmax_agreement >= 0.98
+        assert parity.accuracy >= reference - 0.005
+        exact = variant.precision is Precision.FP32
+        assert (parity.max_logit_difference < 1e-4) is exact
+
+
+def test_the_net_that_was_exported_is_still_in_float32(
+    variants: Published, trained: ModelSource
+) -> None:
+    assert {parameter.dtype for parameter in trained.net.parameters()} == {torch.float32}
+
+
+def test_int8_is_smaller_per_channel_and_keeps_its_head_in_float(variants: Published) -> None:
+    graph = onnx.load(variants.path / "model.int8.onnx").graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    scales = [
+        weights[node.input[1]]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in weights
+    ]
+    assert any(scale.dims and scale.dims[0] == 8 for scale in scales), "one scale for each channel"
+    head = [node for node in graph.node if node.op_type == "Gemm"][-1]
+    assert head.input[1] in weights
+    assert weights[head.input[1]].data_type == onnx.TensorProto.FLOAT
+    sizes = [(variants.path / f"model{kept}.onnx").stat().st_size for kept in ("", ".fp16")]
+    assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_verify_holds_each_precision_to_its_own_gate(variants: Published) -> None:
+    version = read_version(variants.path)
+    parities = verify(version, golden_expectation(version))
+    assert len(parities) == 9
+
+
+def test_calibration_shares_no_image_with_the_proof(samples: Samples) -> None:
+    proof = {image.tobytes() for image in samples.real.images}
+    assert len(samples.calibration) == 512
+    assert not proof & {image.tobytes() for image in samples.calibration.images}
+
+
+def test_test_images_are_neither_for_proof_nor_for_calibration() -> None:
+    dataset = load_data("digits")
+    loaded = load_samples("digits", dataset.classes, None)
+    test = {image.tobytes() for image in dataset.test.images}
+    used = np.concatenate([loaded.real.images, loaded.calibration.images])
+    assert not test & {image.tobytes() for image in used}
+
+
+def test_a_net_that_int8_ruins_publishes_nothing(
+    trained: ModelSource, samples: Samples, tmp_path: Path
+) -> None:
+    class Lopsided(torch.nn.Module):
+        """One channel dwarfs the others, so one scale for all activations loses them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Conv2d(3, 4, 1)
+            self.second = torch.nn.Conv2d(4, 4, 1)
+            self.net = trained.net
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            small = self.second(self.first(pixels))[:, :3]
+            return self.net(small)
+
+    lopsided = Lopsided()
+    with torch.no_grad():
+        for layer in (lopsided.first, lopsided.second):
+            layer.weight.zero_()
+            layer.bias.zero_()
+            for channel in range(3):
+                layer.weight[channel, channel] = 1.0
+        lopsided.first.weight[3, 0] = 1e4
+    ruined = ModelSource(lopsided.eval(), trained.data, 1.0, "0" * 64, "lopsided", {}, {})
+    options = ExportOptions(choose_variants([ArtefactFormat.ONNX], [Precision.INT8]))
+    with pytest.raises(ParityError, match=r"model.int8.onnx"):
+        export(ruined, samples, ModelFolder(tmp_path, "digits"), options)
+    assert not list(tmp_path.iterdir())
