@@ -1,0 +1,226 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from training import checkpoints, nets
+from training.data import ImageSet
+from training.errors import DivergedError, RecipeError
+from training.evaluate import Evaluation, evaluate, fit_temperature
+from training.inputs import Normalization, measure
+from training.loop import Trainer
+from training.optim import make_optimizer, penalty
+from training.recipe import Recipe
+
+NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def make_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images whose class is their brightness."""
+    draws = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    noise = torch.randint(0, 60, (count, 8, 8, 3), generator=draws)
+    return (noise + 60 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels
+
+
+def make_trainer(valid: tuple[Tensor, Tensor] | None = None, **settings: object) -> Trainer:
+    recipe = Recipe(**{"model": "net", "batch_size": 16, "image_size": 8, "lr": 0.1, **settings})  # type: ignore[arg-type]
+    torch.manual_seed(recipe.seed)
+    net = nets.create("net", n_classes=4, image_size=8, dropout=0.2)
+    return Trainer(net, recipe, NORMALIZATION, make_images(70), valid or make_images(30, seed=1))
+
+
+def weights(trainer: Trainer) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.net.state_dict().values()])
+
+
+def run(trainer: Trainer, epochs: int) -> None:
+    for _ in range(epochs):
+        trainer.run_epoch(lambda: None)
+
+
+def test_uniform_logits_cost_ln_10_whatever_the_batch_size() -> None:
+    class Uniform(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.zeros(len(images), 10)
+
+    images, labels = torch.zeros(130, 3, 4, 4), torch.arange(130) % 10
+    for batch_size in (1, 64, 130):
+        loss = evaluate(Uniform(), images, labels, batch_size).loss
+        assert loss == pytest.approx(math.log(10), rel=1e-6)
+
+
+def test_metrics_depend_on_neither_batch_size_nor_order() -> None:
+    torch.manual_seed(0)
+    net = nets.create("net_res_deep", n_blocks=2, image_size=8)
+    net.train()(torch.randn(32, 3, 8, 8))
+    images, labels = torch.randn(50, 3, 8, 8), torch.arange(50) % 10
+    order = torch.randperm(50)
+    whole = evaluate(net, images, labels, 50)
+    shuffled = evaluate(net, images[order], labels[order], 7)
+    assert shuffled.accuracy == whole.accuracy
+    assert shuffled.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_validation_changes_no_buffer_and_gives_the_mode_back() -> None:
+    net = nets.create("net_res_deep", n_blocks=2, image_size=8)
+    net.train()
+    net.resblocks[1].eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    evaluate(net, torch.randn(8, 3, 8, 8), torch.zeros(8, dtype=torch.long))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert net.resblocks[0].training
+    assert not net.resblocks[1].training
+
+
+def test_training_reports_the_loss_of_a_sample() -> None:
+    """With a rate near 0 the mean over batches of 16, 16, 16, 16 and 6 is that of all samples."""
+    trainer = make_trainer(lr=1e-12)
+    trainer.net.dropout.p = 0.0
+    expected = trainer.evaluate(*make_images(70))
+    result = trainer.run_epoch(lambda: None)
+    assert result.train_loss == pytest.approx(expected.loss, rel=1e-5)
+    assert result.train_accuracy == pytest.approx(expected.accuracy)
+
+
+def test_it_learns() -> None:
+    trainer = make_trainer(momentum=0.9)
+    first = trainer.run_epoch(lambda: None)
+    run(trainer, 8)
+    last = trainer.run_epoch(lambda: None)
+    assert last.valid_loss < first.valid_loss / 2
+    assert last.valid_accuracy > 0.9
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9, "schedule": "triangular", "warmup_share": 0.2},
+        {"optimizer": "adamw", "average": "ema", "ema_decay": 0.9, "schedule": "cosine"},
+        {"average": "lookahead", "flip": "alternating", "shift_px": 1, "cutout_px": 3},
+        {"schedule": "plateau", "lr": 2.0, "clip_norm": 0.5, "flip": "random"},
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_weights(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    unbroken = make_trainer(epochs=4, **settings)
+    run(unbroken, 4)
+    stopped = make_trainer(epochs=4, **settings)
+    run(stopped, 2)
+    torch.save(stopped.state_dict(), tmp_path / "state.pt")
+    resumed = make_trainer(epochs=4, **settings)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    run(resumed, 2)
+    assert torch.equal(weights(resumed), weights(unbroken))
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
+    runs = [make_trainer(seed=seed, shift_px=1) for seed in (3, 3, 4)]
+    for trainer in runs:
+        run(trainer, 2)
+    assert torch.equal(weights(runs[0]), weights(runs[1]))
+    assert not torch.equal(weights(runs[0]), weights(runs[2]))
+
+
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_a_step_with_l2_equals_a_step_with_twice_the_weight_decay(decay_all: bool) -> None:
+    stepped = []
+    for settings in ({"l2": 0.03}, {"weight_decay": 0.06}):
+        trainer = make_trainer(batch_size=70, decay_all=decay_all, **settings)
+        run(trainer, 1)
+        stepped.append(weights(trainer))
+    torch.testing.assert_close(stepped[0], stepped[1], atol=1e-6, rtol=1e-6)
+
+
+def test_penalties_are_the_norms_and_leave_biases_out() -> None:
+    net = nets.create("net")
+    kernels = [p.detach() for p in net.parameters() if p.ndim > 1]
+    absolute = sum(float(p.abs().sum()) for p in kernels)
+    squared = sum(float((p**2).sum()) for p in kernels)
+    both = penalty(net, Recipe(l1=0.5, l2=2.0))
+    assert float(both) == pytest.approx(0.5 * absolute + 2 * squared, rel=1e-5)
+
+
+def test_the_penalty_is_reported_apart_from_the_data_loss() -> None:
+    plain, penalised = make_trainer(lr=1e-12), make_trainer(lr=1e-12, l2=5.0)
+    one, other = plain.run_epoch(lambda: None), penalised.run_epoch(lambda: None)
+    assert other.train_loss == pytest.approx(one.train_loss, rel=1e-6)
+    assert one.penalty == 0
+    assert other.penalty > 10
+
+
+def test_every_parameter_is_optimised_once_and_norm_biases_faster() -> None:
+    net = nets.create("net_res_deep", n_blocks=2)
+    recipe = Recipe(lr=0.1, norm_bias_lr_factor=64, weight_decay=0.1)
+    groups = make_optimizer(net, recipe).param_groups
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in net.parameters())
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates[id(net.resblocks[0].batch_norm.bias)] == pytest.approx(6.4)
+    assert rates[id(net.fc1.bias)] == pytest.approx(0.1)
+
+
+def test_the_plateau_schedule_follows_validation_not_training() -> None:
+    """Training labels are learnable, validation labels are noise: only validation stagnates."""
+    images, labels = make_images(30, seed=1)
+    settings = {"schedule": "plateau", "epochs": 40, "lr": 0.05, "momentum": 0.9}
+    trainer = make_trainer((images, labels.flip(0)), **settings)
+    results = [trainer.run_epoch(lambda: None) for _ in range(25)]
+    assert results[-1].lr < 0.05
+    assert results[-1].train_loss < results[0].train_loss
+
+
+def test_a_nan_loss_stops_with_advice() -> None:
+    with pytest.raises(DivergedError, match="lower the learning rate"):
+        run(make_trainer(lr=1e30, l2=1.0), 3)
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(RecipeError, match="at most the 70 training images, got 71"):
+        make_trainer(batch_size=71)
+
+
+def test_measured_constants_are_those_of_the_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 5, 4, 3), np.uint8)
+    measured = measure(ImageSet(pixels, np.zeros(9, np.int64)))
+    np.testing.assert_allclose(measured.mean, (pixels / 255).mean((0, 1, 2)), rtol=1e-9)
+    np.testing.assert_allclose(measured.std, (pixels / 255).std((0, 1, 2)), rtol=1e-9)
+
+
+def test_normalization_equals_torchvisions() -> None:
+    from torchvision.transforms import v2
+
+    pixels = make_images(3)[0]
+    norm = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(norm.mean, norm.std)])
+    torch.testing.assert_close(norm.apply(pixels), theirs(pixels.permute(0, 3, 1, 2)))
+
+
+def test_the_temperature_undoes_a_known_scale() -> None:
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(4000, 5)
+    labels = torch.multinomial(torch.softmax(logits, 1), 1)[:, 0]
+    assert fit_temperature(Evaluation(3 * logits, labels)) == pytest.approx(3, rel=0.05)
+
+
+def test_accuracy_after_reloading_is_equal_to_the_bit(tmp_path: Path) -> None:
+    from tests.training.test_checkpoints import make_checkpoint
+
+    trainer = make_trainer()
+    run(trainer, 1)
+    arguments = {"n_classes": 4, "image_size": 8}
+    kept = replace(
+        make_checkpoint(n_blocks=1),
+        architecture=checkpoints.Architecture("net", arguments),
+        state_dict=trainer.net.state_dict(),
+    )
+    checkpoints.save(tmp_path / "best.pt", kept)
+    net = checkpoints.load(tmp_path / "best.pt").build_net()
+    images, labels = make_images(30, seed=1)
+    ours = trainer.evaluate(images, labels)
+    assert torch.equal(evaluate(net, NORMALIZATION.apply(images), labels).logits, ours.logits)

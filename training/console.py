@@ -1,0 +1,69 @@
+"""What a person sees while a net is trained."""
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from training.data import Dataset
+from training.errors import RecipeError
+from training.loop import EpochResult
+from training.recipe import Recipe
+from training.run import Progress as RunProgress
+from training.run import RunOptions, run
+
+
+def find_device(name: str) -> torch.device:
+    """Resolves auto, cpu, cuda or cuda:INDEX.
+
+    Raises:
+        RecipeError: There is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RecipeError(f"device: expected auto, cpu, cuda or cuda:INDEX, got {name!r}") from None
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and count <= (device.index or 0)
+    ):
+        raise RecipeError(f"device: expected cpu or one of {count} usable GPUs, got {name!r}")
+    return device
+
+
+def run_with_progress(recipe: Recipe, options: RunOptions, console: Console) -> None:
+    """Trains with a progress bar, one line an epoch, and the outcome at the end."""
+    bar = Progress(
+        TextColumn("steps"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    task: TaskID = bar.add_task("steps", total=None)
+
+    def on_start(data: Dataset, steps: int) -> None:
+        bar.update(task, total=steps)
+        sizes = f"{len(data.train)} train, {len(data.valid)} valid, {len(data.test)} test"
+        console.print(f"{options.data}: {sizes}, {len(data.classes)} classes; {options.device}")
+
+    def on_epoch(result: EpochResult) -> None:
+        console.print(
+            f"epoch {result.epoch:3d}  train loss {result.train_loss:.4f}  "
+            f"valid loss {result.valid_loss:.4f}  valid accuracy {result.valid_accuracy:.4f}"
+        )
+
+    with bar:
+        final = run(recipe, options, RunProgress(on_start, lambda: bar.advance(task), on_epoch))
+    console.print(
+        f"{options.out / 'best.pt'}: epoch {final.metrics['epoch']:.0f}, "
+        f"test accuracy {final.metrics['test_accuracy']:.4f}, temperature {final.temperature:.3f}"
+    )
