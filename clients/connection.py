@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 DEFAULT_ADDRESS = "127.0.0.1:8001"
 
-# gRPC itself retries what was refused before any work was done: within the call's own deadline, with
-# jittered exponential backoff, under a budget that all calls of a channel share (gRPC proposal A6).
+# gRPC itself retries what was refused before any work was done: inside the call's deadline, with
+# jittered exponential backoff, under a budget that a channel's calls share (gRPC proposal A6).
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
