@@ -1,13 +1,19 @@
 """The command line of `convoy-export`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from export.formats import ArtefactFormat, Precision, choose_variants
+from export.errors import InputError, one_line
+from export.formats import ArtefactFormat, Precision, Variant, choose_variants
+from export.publishing import ModelFolder
+
+if TYPE_CHECKING:
+    from export.source import ModelSource
 
 DEFAULT_COMMAND = "publish"
 
@@ -43,6 +49,34 @@ Data = Annotated[
 ]
 
 
+Formats = Annotated[
+    list[ArtefactFormat], typer.Option("--format", help="Artefact to write; repeat for more.")
+]
+DEFAULT_FORMATS = [ArtefactFormat.ONNX, ArtefactFormat.TORCHSCRIPT]
+Precisions = Annotated[
+    list[Precision],
+    typer.Option(
+        "--precision",
+        help="Write further artefacts beside the float32 ones: fp16 and bf16 (not ONNX) for CUDA, "
+        "int8 for ONNX on a CPU; repeat for more.",
+    ),
+]
+DEFAULT_PRECISIONS = [Precision.FP32]
+Script = Annotated[
+    bool,
+    typer.Option(
+        "--script",
+        help="Compile TorchScript from the source code, with control flow, instead of tracing.",
+    ),
+]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option(help="Ed25519 private key (PEM); a server can demand its signature."),
+]
+ServedName = Annotated[str, typer.Option(help="Name the model is served under.")]
+Triple = tuple[float, float, float]
+
+
 @app.command(DEFAULT_COMMAND)
 def publish(
     checkpoint: Annotated[
@@ -50,54 +84,102 @@ def publish(
         typer.Argument(exists=True, dir_okay=False, help="A checkpoint written by convoy-train."),
     ],
     *,
-    name: Annotated[str, typer.Option(help="Name the model is served under.")],
+    name: ServedName,
     repository: Repository = Path("models"),
     data: Data = None,
-    formats: Annotated[
-        list[ArtefactFormat], typer.Option("--format", help="Artefact to write; repeat for more.")
-    ] = [ArtefactFormat.ONNX, ArtefactFormat.TORCHSCRIPT],  # noqa: B006, typer copies it
-    precisions: Annotated[
-        list[Precision],
-        typer.Option(
-            "--precision",
-            help="Write further artefacts beside the float32 ones: fp16 and bf16 (not ONNX) for "
-            "CUDA, int8 for ONNX on a CPU; repeat for more.",
-        ),
-    ] = [Precision.FP32],  # noqa: B006, typer copies it
-    script: Annotated[
-        bool,
-        typer.Option(
-            "--script",
-            help="Compile TorchScript from the source code, with control flow, instead of tracing.",
-        ),
-    ] = False,
-    sign_key: Annotated[
-        Path | None,
-        typer.Option(help="Ed25519 private key (PEM); a server can demand its signature."),
-    ] = None,
+    formats: Formats = DEFAULT_FORMATS,
+    precisions: Precisions = DEFAULT_PRECISIONS,
+    script: Script = False,
+    sign_key: SigningKey = None,
 ) -> None:
     """Exports a checkpoint, proves every artefact and publishes the next version of NAME.
 
     An artefact that differs from the eager net by more than its tolerance publishes nothing.
     """
-    from export.publishing import ModelFolder
-    from export.signing import read_private_key
     from export.source import from_checkpoint
 
-    target = ModelFolder(repository, name)
-    key = read_private_key(sign_key) if sign_key else None
-    source = from_checkpoint(checkpoint)
+    variants = choose_variants(formats, precisions)
+    order = _Order(ModelFolder(repository, name), variants, script, sign_key)
+    _publish(from_checkpoint(checkpoint), data, order)
 
+
+@app.command()
+def weights(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, help="A state_dict: .safetensors, or saved by torch.save."
+        ),
+    ],
+    *,
+    name: ServedName,
+    architecture: Annotated[
+        str, typer.Option(help="A torchvision classifier, e.g. resnet18, or a net of convoy-train.")
+    ],
+    labels: Annotated[
+        Path,
+        typer.Option(
+            exists=True, dir_okay=False, help="Class names in the net's order, a line each."
+        ),
+    ],
+    mean: Annotated[Triple, typer.Option(help="Of red, green and blue, for pixels from 0 to 1.")],
+    std: Annotated[Triple, typer.Option(help="As the mean; a pixel becomes (x - mean) / std.")],
+    data: Annotated[str, typer.Option(help="Data with these classes to prove the artefacts on.")],
+    image_size_px: Annotated[int, typer.Option(min=1, help="Height and width of the input.")] = 224,
+    resize_shorter_px: Annotated[
+        int, typer.Option(min=0, help="Shorter side before the crop; 0 resizes without cropping.")
+    ] = 0,
+    repository: Repository = Path("models"),
+    formats: Formats = DEFAULT_FORMATS,
+    precisions: Precisions = DEFAULT_PRECISIONS,
+    script: Script = False,
+    sign_key: SigningKey = None,
+) -> None:
+    """Exports weights that something else trained, with the same proof."""
+    from export.source import from_weights
+    from training.checkpoints import DataDescription
+    from training.data import Preprocessing
+
+    variants = choose_variants(formats, precisions)
+    order = _Order(ModelFolder(repository, name), variants, script, sign_key)
+    classes = _read_labels(labels)
+    steps = Preprocessing(image_size_px, image_size_px, resize_shorter_px)
+    arguments = {"n_classes": len(classes), "image_size": image_size_px}
+    described = DataDescription(data, classes, mean, std, steps)
+    _publish(from_weights(file, architecture, arguments, described), data, order)
+
+
+def _read_labels(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"labels {path}: expected UTF-8 text: {one_line(error)}") from error
+    return tuple(line.strip() for line in lines if line.strip())
+
+
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """What to write, and where."""
+
+    target: ModelFolder
+    variants: list[Variant]
+    script: bool
+    sign_key: Path | None
+
+
+def _publish(source: "ModelSource", data: str | None, order: _Order) -> None:
     from export.pipeline import ExportOptions, export
     from export.samples import load_samples
+    from export.signing import read_private_key
     from export.tables import parity_table
 
-    proof_data = load_samples(
-        data or source.data.spec, source.data.classes, source.data.preprocessing
-    )
-    variants = choose_variants(formats, precisions)
-    published = export(source, proof_data, target, ExportOptions(variants, script, key))
-    title = f"{name} version {published.manifest.version} against the eager net"
+    key = read_private_key(order.sign_key) if order.sign_key else None
+    options = ExportOptions(order.variants, order.script, key)
+    spec = data or source.data.spec
+    proof_data = load_samples(spec, source.data.classes, source.data.preprocessing)
+    published = export(source, proof_data, order.target, options)
+    manifest = published.manifest
+    title = f"{manifest.name} version {manifest.version} against the eager net"
     Console().print(parity_table(title, published.parities))
     Console().print(f"published {published.path}", highlight=False, soft_wrap=True)
 
@@ -177,7 +259,6 @@ def promote(
 ) -> None:
     """Has VERSION of NAME served, whatever is published later."""
     from export.policy import promote as write_policy
-    from export.publishing import ModelFolder
 
     policy = write_policy(ModelFolder(repository, name), version)
     Console().print(f"{name}: version {policy.version} is to be served")
@@ -187,7 +268,6 @@ def promote(
 def rollback(name: Name, *, repository: Repository = Path("models")) -> None:
     """Takes the last promotion of NAME back."""
     from export.policy import rollback as write_policy
-    from export.publishing import ModelFolder
 
     policy = write_policy(ModelFolder(repository, name))
     Console().print(f"{name}: version {policy.version} is to be served again")

@@ -65,7 +65,7 @@ def from_checkpoint(path: Path) -> ModelSource:
     try:
         checkpoint = checkpoints.load(path)
         net = checkpoint.build_net()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = _digest(path)
     except (TrainingError, OSError) as error:
         raise InputError(one_line(error)) from error
     return ModelSource(
@@ -81,3 +81,32 @@ def from_checkpoint(path: Path) -> ModelSource:
             if key.endswith("_accuracy")
         },
     )
+
+
+def from_weights(
+    path: Path, architecture: str, arguments: Mapping[str, object], data: DataDescription
+) -> ModelSource:
+    """Reads a state_dict that something else than `training` saved, by torch or as safetensors.
+
+    Args:
+        path: The file; safetensors by its suffix.
+        architecture: One of the names that `training.nets` knows, torchvision's among them.
+        arguments: What that net is made with.
+        data: What the file cannot say: classes, normalisation and preprocessing.
+
+    Raises:
+        InputError: The file is unreadable, or its weights do not fit the architecture.
+    """
+    try:
+        weights = checkpoints.read_weights(path)
+        parts = checkpoints.Architecture(architecture, dict(arguments))
+        net = checkpoints.Checkpoint(weights, parts, data, metrics={}).build_net()
+        digest = _digest(path)
+    except (TrainingError, OSError) as error:
+        raise InputError(one_line(error)) from error
+    return ModelSource(net, data, 1.0, digest, architecture, arguments, accuracy={})
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
