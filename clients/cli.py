@@ -94,7 +94,10 @@ def batch(
 
 async def _run_batch(job: BatchJob, address: str, timeout_s: float) -> BatchSummary:
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task("images", total=None)
         async with AsyncClient(address, timeout_s=timeout_s) as client:
             return await run_batch(

@@ -1,0 +1,145 @@
+"""convoy-client as a process, against a real server process."""
+
+import csv
+import json
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.processes import ServerProcess, run_module
+
+
+@pytest.fixture(scope="module")
+def digits(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, str]:
+    """Real digits as PNG files, with the class that the exported net gives them."""
+    folder = tmp_path_factory.mktemp("digits")
+    with np.load(repository / "digits" / "1" / "samples.npz", allow_pickle=False) as samples:
+        classes = samples["logits"].argmax(axis=1)
+        files = [
+            samples["encoded"][start:stop].tobytes()
+            for start, stop in pairwise(samples["encoded_offsets"])
+        ]
+    expected = {}
+    for number, (file, index) in enumerate(zip(files, classes, strict=True)):
+        path = folder / f"{number:02}.png"
+        path.write_bytes(file)
+        expected[path] = str(index)
+    return expected
+
+
+def client(server: ServerProcess, *arguments: object) -> subprocess.CompletedProcess:
+    return run_module("clients", *arguments, "--address", server.address)
+
+
+def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode != 0
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("convoy-client: ")
+    for word in words:
+        assert word in result.stderr
+
+
+def test_classify_prints_the_most_probable_classes(server, digits):
+    result = client(server, "classify", *digits, "--model", "digits", "--top-k", "2")
+    assert result.returncode == 0, result.stderr
+    for line, (path, label) in zip(result.stdout.splitlines(), digits.items(), strict=True):
+        assert line.startswith(f"{path}: {label} ")
+        assert line.count("%") == 2
+
+
+def test_classify_as_json(server, digits):
+    result = client(server, "classify", *digits, "--json", "--top-k", "10")
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["classes"][0]["label"] for answer in answers] == list(digits.values())
+    for answer in answers:
+        assert len(answer["classes"]) == 10
+        assert sum(c["probability"] for c in answer["classes"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_one_bad_file_is_named_and_the_others_are_answered(server, digits, tmp_path):
+    good, broken = next(iter(digits)), tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    result = client(server, "classify", broken, tmp_path / "missing.png", good)
+    assert result.returncode == 1
+    assert result.stdout.startswith(f"{good}: ")
+    first, second = result.stderr.splitlines()
+    assert first == (
+        f"convoy-client: {broken}: image: expected a JPEG, PNG, WEBP, BMP, GIF file, "
+        "got 8 other bytes"
+    )
+    assert second == f"convoy-client: {tmp_path / 'missing.png'}: No such file or directory"
+
+
+def test_mistakes_are_one_line(server, digits, tmp_path):
+    image = next(iter(digits))
+    assert_one_line(
+        client(server, "classify", image, "--model", "cats"), "one of digits, got 'cats'"
+    )
+    assert_one_line(client(server, "classify"), "images")
+    assert_one_line(client(server, "dance"), "dance")
+    assert_one_line(client(server, "bench", image, "--concurrency", "0"), "concurrency")
+    assert_one_line(client(server, "batch", tmp_path, "--out", tmp_path / "o.csv"), "no image")
+    assert_one_line(client(server, "batch", tmp_path / "x", "--out", "o.csv"), "expected a folder")
+
+
+def test_an_unreachable_server_is_one_line(digits):
+    command = ("classify", next(iter(digits)), "--address", "127.0.0.1:1", "--timeout-s", "2")
+    assert_one_line(run_module("clients", *command), "127.0.0.1:1")
+    assert_one_line(run_module("clients", "health", "--address", "127.0.0.1:1"))
+
+
+def test_health(server):
+    assert client(server, "health").returncode == 0
+    assert client(server, "health", "--model", "digits").returncode == 0
+    assert_one_line(client(server, "health", "--model", "cats"), "cats is not ready")
+
+
+def test_models(server):
+    result = client(server, "models")
+    assert result.returncode == 0
+    for word in ("digits", "32 x 32", "onnx", "cpu"):
+        assert word in result.stdout
+
+
+def test_batch_writes_a_row_for_every_image_and_an_error_for_a_bad_one(server, digits, tmp_path):
+    folder = tmp_path / "images"
+    (folder / "deep").mkdir(parents=True)
+    for path in digits:
+        (folder / "deep" / path.name).write_bytes(path.read_bytes())
+    (folder / "broken.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("not an image")
+    for name in ("out.jsonl", "out.csv"):
+        result = client(server, "batch", folder, "--out", tmp_path / name, "--top-k", "3")
+        assert result.returncode == 0, result.stderr
+        assert f"{len(digits) + 1} images, 1 errors" in result.stdout
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    expected = {f"deep/{path.name}": label for path, label in digits.items()}
+    assert {row["path"]: row["label"] for row in rows} == {"broken.png": None, **expected}
+    assert "got 8 other bytes" in rows[0]["error"]
+    assert all(len(row["classes"]) == 3 for row in rows[1:])
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["path"] for row in table] == [row["path"] for row in rows]
+    assert [row["label"] or None for row in table] == [row["label"] for row in rows]
+
+
+def test_a_batch_that_cannot_be_written_leaves_nothing(server, digits, tmp_path):
+    folder = next(iter(digits)).parent
+    assert_one_line(
+        client(server, "batch", folder, "--out", tmp_path / "out.xlsx"), ".jsonl or .csv"
+    )
+    assert_one_line(client(server, "batch", folder, "--out", tmp_path / "no" / "out.csv"), "--out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_measures(server, digits):
+    flags = ("--duration-s", "0.5", "--concurrency", "4", "--json")
+    result = client(server, "bench", next(iter(digits)), *flags)
+    report = json.loads(result.stdout)
+    assert report["errors"] == {}
+    assert report["completed"] > 4
+    assert report["throughput_per_s"] == pytest.approx(report["completed"] / report["duration_s"])
+    assert 0 < report["latency_s"]["50.0"] <= report["latency_s"]["99.0"] < 10

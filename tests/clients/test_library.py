@@ -1,0 +1,136 @@
+"""The client library against a real server process."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import clients
+from clients import (
+    AsyncClient,
+    Classification,
+    Client,
+    DeadlineExceededError,
+    ImageError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
+from tests.processes import running_server
+
+
+@pytest.fixture(scope="module")
+def golden(repository):
+    with np.load(repository / "digits" / "1" / "samples.npz", allow_pickle=False) as samples:
+        return dict(samples)
+
+
+def test_the_public_names_are_those_listed():
+    assert sorted(clients.__all__) == sorted(
+        name
+        for name, value in vars(clients).items()
+        if (not name.startswith("_") and getattr(value, "__module__", "").startswith("clients"))
+        or name == "ImageLike"
+    )
+
+
+def test_an_image_may_come_in_any_form(server, golden, tmp_path):
+    pixels = golden["images"][0]
+    path = tmp_path / "digit.png"
+    Image.fromarray(pixels).save(path)
+    forms = (path, str(path), path.read_bytes(), Image.fromarray(pixels), pixels)
+    with Client(server.address) as client:
+        answers = {client.classify(form, model="digits", top_k=10).classes for form in forms}
+    assert len(answers) == 1
+    assert answers.pop()[0].index == golden["logits"][0].argmax()
+
+
+def test_an_answer_tells_where_its_time_went(server, golden):
+    with Client(server.address) as client:
+        started_s = time.perf_counter()
+        answer = client.classify(golden["images"][0])
+        elapsed_s = time.perf_counter() - started_s
+    assert (answer.model, answer.version, answer.batch_size) == ("digits", 1, 1)
+    assert 0 < answer.times.inference_s < elapsed_s
+    assert answer.times.decode_s == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "arguments", "error"),
+    [
+        (b"no image", {}, InvalidRequestError),
+        (np.zeros((28, 28, 3), np.uint8), {}, InvalidRequestError),
+        (np.zeros((32, 32, 3), np.uint8), {"model": "cats"}, ModelNotFoundError),
+        (np.zeros((32, 32, 3), np.uint8), {"version": 9}, ModelNotFoundError),
+        (np.zeros((32, 32, 3), np.float32), {}, ImageError),
+        (np.zeros((32, 32), np.uint8), {}, ImageError),
+        (Path("nowhere.png"), {}, ImageError),
+    ],
+)
+def test_each_cause_has_its_error(server, image, arguments, error):
+    with Client(server.address) as client, pytest.raises(error):
+        client.classify(image, **arguments)
+
+
+def test_an_unreachable_server_is_unavailable():
+    with Client("127.0.0.1:1", timeout_s=5) as client, pytest.raises(UnavailableError):
+        client.classify(b"x")
+
+
+def test_a_slow_answer_is_a_passed_deadline_and_a_full_queue_is_overload(repository):
+    flags = ("--max-queue-delay-ms", "60000", "--max-queue-size", "1", "--device", "cpu")
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    with (
+        running_server(repository, *flags) as server,
+        Client(server.address, timeout_s=3) as patient,
+        Client(server.address, timeout_s=1) as second,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        waiting = pool.submit(patient.classify, pixels)
+        time.sleep(0.5)
+        # Retried by gRPC until its attempts are spent, which takes less than the deadline.
+        with pytest.raises((OverloadedError, DeadlineExceededError)):
+            second.classify(pixels)
+        with pytest.raises(DeadlineExceededError):
+            waiting.result()
+
+
+def test_a_client_is_shared_between_threads(server, golden):
+    expected = golden["logits"].argmax(axis=1)
+    with Client(server.address) as client, ThreadPoolExecutor(8) as pool:
+        answers = pool.map(client.classify, [golden["images"][n % 16] for n in range(160)])
+        assert [answer.best.index for answer in answers] == [expected[n % 16] for n in range(160)]
+
+
+async def test_many_images_come_back_in_order_with_errors_in_their_places(server, golden):
+    images = [b"no image" if n % 10 == 3 else golden["images"][n % 16] for n in range(200)]
+    async with AsyncClient(server.address) as client:
+        answers = [answer async for answer in client.classify_many(images, in_flight=16)]
+    assert len(answers) == 200
+    for number, answer in enumerate(answers):
+        if number % 10 == 3:
+            assert isinstance(answer, InvalidRequestError)
+        else:
+            assert isinstance(answer, Classification)
+            assert answer.best.index == golden["logits"][number % 16].argmax()
+
+
+async def test_many_images_are_taken_only_as_fast_as_they_are_answered(server, golden):
+    taken = 0
+
+    def endless():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield golden["images"][0]
+
+    async with AsyncClient(server.address) as client:
+        answers = client.classify_many(endless(), in_flight=4)
+        for _ in range(20):
+            await anext(answers)
+        await answers.aclose()
+    assert taken <= 20 + 4 + 1
