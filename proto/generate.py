@@ -63,7 +63,9 @@ def main() -> None:
         fresh = Path(temporary) / "convoy"
         if "--check" in sys.argv[1:]:
             if stale := differences(fresh):
-                sys.exit(f"proto/gen is out of date, run `make proto`: {', '.join(map(str, stale))}")
+                sys.exit(
+                    f"proto/gen is out of date, run `make proto`: {', '.join(map(str, stale))}"
+                )
             return
         shutil.rmtree(STUBS_DIR, ignore_errors=True)
         shutil.copytree(fresh, STUBS_DIR)
