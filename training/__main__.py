@@ -100,6 +100,25 @@ def train(  # noqa: PLR0917 -- typer passes every option by keyword
     run_with_progress(recipes.load_recipe(recipe, overrides), options, Console())
 
 
+@app.command()
+def describe(
+    model: Annotated[str, typer.Argument(help="As --model of a training run.")],
+    image_size: Annotated[int, typer.Option(help="Height and width, in pixels.")] = 32,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="An argument of the net."),
+    ] = None,
+) -> None:
+    """Shows a net layer by layer: output shapes, parameters, multiply-adds for one image."""
+    from training.console import print_layers
+    from training.describe import describe as describe_net
+
+    arguments = dict(recipes.parse_setting(text) for text in settings or [])
+    layers = describe_net(model, n_classes=classes, image_size=image_size, **arguments)
+    print_layers(layers, Console())
+
+
 def main() -> None:
     """Runs the command; a mistake is one line on stderr and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s")

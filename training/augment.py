@@ -8,13 +8,13 @@ from training.recipe import Recipe
 
 
 def augment(
-    images: Tensor, indices: Tensor, epoch: int, recipe: Recipe, draws: torch.Generator
+    images: Tensor, coins: Tensor, epoch: int, recipe: Recipe, draws: torch.Generator
 ) -> Tensor:
     """Applies what the recipe asks for.
 
     Args:
         images: Normalised images `[N, C, H, W]`.
-        indices: Their positions in the training set `[N]`, for the alternating flip.
+        coins: 0 or 1 for each `[N]`, the same in every epoch, for the alternating flip.
         epoch: Counted from 0.
         recipe: Names the steps.
         draws: CPU generator of all random numbers.
@@ -22,7 +22,7 @@ def augment(
     if recipe.flip == "random":
         images = flip(images, torch.rand(len(images), generator=draws) < 0.5)
     elif recipe.flip == "alternating":
-        images = flip(images, alternating(indices, epoch, recipe.seed))
+        images = flip(images, alternating(coins, epoch))
     if recipe.shift_px:
         span = 2 * recipe.shift_px + 1
         offsets = torch.randint(span, (len(images), 2), generator=draws)
@@ -34,15 +34,13 @@ def augment(
     return images
 
 
-def alternating(indices: Tensor, epoch: int, seed: int) -> Tensor:
-    """Which images `[N]` to mirror: one half, then the other, epoch by epoch.
+def alternating(coins: Tensor, epoch: int) -> Tensor:
+    """Which images `[N]` to mirror: those of coin 0, then those of coin 1, epoch by epoch.
 
     Source: Jordan (2024), arXiv 2404.00498, section 3.6; in any two epochs every image is seen both
     ways, which independent draws do not ensure.
     """
-    # A multiplicative hash (Knuth) stands in for a stored coin per image.
-    coin = ((indices + seed + 1) * 2_654_435_761 % 2**32) >> 16
-    return (coin + epoch) % 2 == 0
+    return (coins + epoch) % 2 == 0
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What a person sees while a net is trained."""
 
+from collections.abc import Sequence
+
 import torch
 from rich.console import Console
 from rich.progress import (
@@ -10,8 +12,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from training.data import Dataset
+from training.describe import Layer
 from training.errors import RecipeError
 from training.loop import EpochResult
 from training.recipe import Recipe
@@ -67,3 +71,17 @@ def run_with_progress(recipe: Recipe, options: RunOptions, console: Console) -> 
         f"{options.out / 'best.pt'}: epoch {final.metrics['epoch']:.0f}, "
         f"test accuracy {final.metrics['test_accuracy']:.4f}, temperature {final.temperature:.3f}"
     )
+
+
+def print_layers(layers: Sequence[Layer], console: Console) -> None:
+    """Prints one row a layer and the sums."""
+    table = Table("layer", "kind", "output", show_footer=True)
+    parameters = sum(layer.parameters for layer in layers)
+    multiply_adds = sum(layer.multiply_adds for layer in layers)
+    table.add_column("parameters", f"{parameters:,}", justify="right")
+    table.add_column("multiply-adds", f"{multiply_adds:,}", justify="right")
+    for layer in layers:
+        shape = " x ".join(map(str, layer.output))
+        counts = (f"{layer.parameters:,}", f"{layer.multiply_adds:,}")
+        table.add_row(layer.name, layer.kind, shape, *counts)
+    console.print(table)

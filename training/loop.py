@@ -71,6 +71,8 @@ class Trainer:
         self._optimizer = make_optimizer(net, recipe)
         self._plateau = ReduceLROnPlateau(self._optimizer)
         self._average = make_average(net, recipe)
+        draws = torch.Generator().manual_seed(recipe.seed)
+        self._coins = torch.randint(2, self._labels.shape, generator=draws)  # [N]
         self._step = 0
         self.epoch = 0
 
@@ -155,7 +157,7 @@ class Trainer:
         for indices in self._split(order):
             chosen = indices.to(self._images.device)
             images = self._normalization.apply(self._images[chosen])
-            images = augment(images, indices, self.epoch, self._recipe, draws)
+            images = augment(images, self._coins[indices], self.epoch, self._recipe, draws)
             yield images.contiguous(memory_format=torch.channels_last), self._labels[chosen]
 
     def _split(self, order: Tensor) -> Iterator[Tensor]:

@@ -143,7 +143,7 @@ def test_penalties_are_the_norms_and_leave_biases_out() -> None:
     absolute = sum(float(p.abs().sum()) for p in kernels)
     squared = sum(float((p**2).sum()) for p in kernels)
     both = penalty(net, Recipe(l1=0.5, l2=2.0))
-    assert float(both) == pytest.approx(0.5 * absolute + 2 * squared, rel=1e-5)
+    assert float(both.detach()) == pytest.approx(0.5 * absolute + 2 * squared, rel=1e-5)
 
 
 def test_the_penalty_is_reported_apart_from_the_data_loss() -> None:

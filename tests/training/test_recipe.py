@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from training import recipe as recipes
+from training.errors import RecipeError
+from training.recipe import Recipe
+from training.schedules import rate_factor
+
+
+def test_the_package_ships_the_recipes() -> None:
+    assert recipes.names() == ("digits", "fast", "finetune", "lecture", "lecture-resnet")
+    for name in recipes.names():
+        recipes.load_recipe(name)
+
+
+def test_the_lectures_recipe_is_the_slides() -> None:
+    lecture = recipes.load_recipe("lecture")
+    assert (lecture.model, lecture.epochs, lecture.batch_size) == ("net", 10, 64)
+    assert (lecture.optimizer, lecture.lr, lecture.momentum) == ("sgd", 1e-2, 0)
+    assert lecture.schedule == "plateau"
+    assert lecture.std == (0.2023, 0.1994, 0.2010)
+    resnet = recipes.load_recipe("lecture-resnet")
+    assert (resnet.epochs, resnet.model_arguments) == (3, {"n_blocks": 3})
+
+
+def test_flags_override_a_file(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text('model = "net"\nepochs = 7\nlr = 1\n')
+    read = recipes.load_recipe(str(tmp_path / "own.toml"), {"epochs": 3})
+    assert (read.model, read.epochs, read.lr, read.batch_size) == ("net", 3, 1, 64)
+    assert recipes.make_recipe(read.as_dict()) == read
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"colour": 1}, "unknown setting 'colour'"),
+        ({"epochs": 2.5}, "epochs: expected int, got 2.5"),
+        ({"epochs": True}, "epochs: expected int"),
+        ({"lr": "fast"}, "lr: expected a number"),
+        ({"lr": -1}, "lr: expected more than 0"),
+        ({"optimizer": "lion"}, "expected one of sgd, adamw"),
+        ({"mean": [0.5]}, "expected 3 numbers"),
+        ({"momentum": 1.0}, "0 <= x < 1"),
+        ({"shift_px": -1}, "0 or more"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipes.make_recipe(settings)
+
+
+def test_broken_toml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text("lr = ")
+    with pytest.raises(RecipeError, match=r"own\.toml"):
+        recipes.load_recipe(str(tmp_path / "own.toml"))
+
+
+def test_settings_on_the_command_line_are_toml_or_text() -> None:
+    assert recipes.parse_setting("lr=1e-3") == ("lr", 1e-3)
+    assert recipes.parse_setting("flip=random") == ("flip", "random")
+    assert recipes.parse_setting("widths=[8, 16, 32]") == ("widths", [8, 16, 32])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("triangular", [0.1, 0.55, 1.0, 0.505, 0.01]),
+        ("cosine", [0.1, 0.55, 1.0, 0.505, 0.01]),
+        ("constant", [0.1, 0.55, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_schedules_climb_then_follow_their_curve(schedule: str, expected: list[float]) -> None:
+    recipe = Recipe(schedule=schedule, warmup_share=0.2)  # type: ignore[arg-type]
+    factors = [rate_factor(recipe, done) for done in (0, 0.1, 0.2, 0.6, 1)]
+    assert factors == pytest.approx(expected)
+
+
+def test_the_cosine_lies_over_the_line_first_and_under_it_later() -> None:
+    line, curve = (Recipe(schedule=name) for name in ("triangular", "cosine"))  # type: ignore[arg-type]
+    assert rate_factor(curve, 0.25) > rate_factor(line, 0.25)
+    assert rate_factor(curve, 0.75) < rate_factor(line, 0.75)
