@@ -75,6 +75,16 @@ SigningKey = Annotated[
 ]
 ServedName = Annotated[str, typer.Option(help="Name the model is served under.")]
 Triple = tuple[float, float, float]
+Labels = Annotated[
+    Path,
+    typer.Option(exists=True, dir_okay=False, help="Class names in the net's order, a line each."),
+]
+Mean = Annotated[Triple, typer.Option(help="Of red, green and blue, for pixels from 0 to 1.")]
+Std = Annotated[Triple, typer.Option(help="As the mean; a pixel becomes (x - mean) / std.")]
+ProofData = Annotated[str, typer.Option(help="Data with these classes to prove the artefacts on.")]
+ResizeShorter = Annotated[
+    int, typer.Option(min=0, help="Shorter side before the crop; 0 resizes without cropping.")
+]
 
 
 @app.command(DEFAULT_COMMAND)
@@ -116,19 +126,12 @@ def weights(
     architecture: Annotated[
         str, typer.Option(help="A torchvision classifier, e.g. resnet18, or a net of convoy-train.")
     ],
-    labels: Annotated[
-        Path,
-        typer.Option(
-            exists=True, dir_okay=False, help="Class names in the net's order, a line each."
-        ),
-    ],
-    mean: Annotated[Triple, typer.Option(help="Of red, green and blue, for pixels from 0 to 1.")],
-    std: Annotated[Triple, typer.Option(help="As the mean; a pixel becomes (x - mean) / std.")],
-    data: Annotated[str, typer.Option(help="Data with these classes to prove the artefacts on.")],
+    labels: Labels,
+    mean: Mean,
+    std: Std,
+    data: ProofData,
     image_size_px: Annotated[int, typer.Option(min=1, help="Height and width of the input.")] = 224,
-    resize_shorter_px: Annotated[
-        int, typer.Option(min=0, help="Shorter side before the crop; 0 resizes without cropping.")
-    ] = 0,
+    resize_shorter_px: ResizeShorter = 0,
     repository: Repository = Path("models"),
     formats: Formats = DEFAULT_FORMATS,
     precisions: Precisions = DEFAULT_PRECISIONS,
@@ -147,6 +150,44 @@ def weights(
     arguments = {"n_classes": len(classes), "image_size": image_size_px}
     described = DataDescription(data, classes, mean, std, steps)
     _publish(from_weights(file, architecture, arguments, described), data, order)
+
+
+@app.command("import")
+def import_onnx(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True,
+            dir_okay=False,
+            help="An ONNX classifier: normalised float32 [N, 3, H, W] in, logits [N, K] out.",
+        ),
+    ],
+    *,
+    name: ServedName,
+    labels: Labels,
+    mean: Mean,
+    std: Std,
+    data: ProofData,
+    resize_shorter_px: ResizeShorter = 0,
+    repository: Repository = Path("models"),
+    precisions: Precisions = DEFAULT_PRECISIONS,
+    sign_key: SigningKey = None,
+) -> None:
+    """Admits an ONNX file made elsewhere, with the same proof, as ONNX only.
+
+    Weights outside the file and operators that are not ONNX's own are refused.
+    """
+    from export.onnx_import import from_onnx, image_size_px
+    from training.checkpoints import DataDescription
+    from training.data import Preprocessing
+
+    variants = choose_variants([ArtefactFormat.ONNX], precisions)
+    if any(variant.precision is Precision.FP16 for variant in variants):
+        raise InputError("precision: expected fp32 or int8 for an imported graph, got fp16")
+    order = _Order(ModelFolder(repository, name), variants, False, sign_key)
+    steps = Preprocessing(*image_size_px(file), resize_shorter_px)
+    described = DataDescription(data, _read_labels(labels), mean, std, steps)
+    _publish(from_onnx(file, described), data, order)
 
 
 def _read_labels(path: Path) -> tuple[str, ...]:

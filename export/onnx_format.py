@@ -56,6 +56,17 @@ def write(
     check(path)
 
 
+def save(model: onnx.ModelProto, path: Path, description: Mapping[str, str]) -> None:
+    """Writes a graph that needs no export, with its metadata, and has it checked.
+
+    Raises:
+        UnsupportedNetError: The graph is invalid or works for one batch size only.
+    """
+    onnx.helper.set_model_props(model, dict(description))
+    onnx.save(model, path)
+    check(path)
+
+
 def check(path: Path) -> None:
     """Checks the graph, with shape inference, and that its batch axis is free.
 

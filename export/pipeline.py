@@ -9,10 +9,20 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from convoy.v1 import model_manifest_pb2 as pb
-from export import exported_program, golden, int8, manifest, onnx_format, signing, torchscript
+from export import (
+    exported_program,
+    golden,
+    int8,
+    manifest,
+    onnx_format,
+    onnx_import,
+    signing,
+    torchscript,
+)
 from export.cost import measure_latencies
 from export.formats import ArtefactFormat, Precision, Variant
 from export.manifest import ProvedArtefact
+from export.onnx_import import OnnxNet
 from export.proof import GATES, Expectation, Parity, expect, prove
 from export.publishing import ModelFolder
 from export.samples import Samples
@@ -115,11 +125,15 @@ class _Workbench:
             int8.quantize(float_path, path, self.calibration)
             return
         data, dtype = self.source.data, _DTYPES[variant.precision]
+        description = self.source.describe(self.name)
+        if isinstance(self.source.net, OnnxNet):
+            graph = onnx_import.wrap(self.source.net.graph, data, self.source.temperature)
+            onnx_format.save(graph, path, description)
+            return
         servable = Servable(
             self.source.net, data.mean, data.std, self.source.temperature, dtype
         ).eval()
         example = torch.from_numpy(self.expected.images[:2])  # [2, H, W, 3] uint8
-        description = self.source.describe(self.name)
         match variant.format:
             case ArtefactFormat.ONNX:
                 onnx_format.write(servable, example, path, description)
