@@ -14,7 +14,7 @@ from server.settings import parse_settings
 def main() -> None:
     """Runs the server until it is told to stop.
 
-    Exits 0 after a drain, 2 with one line on stderr when it cannot start.
+    Exits 0 after a drain, 2 with one line on stderr when it cannot start, 130 after a second Ctrl-C.
     """
     try:
         settings = parse_settings(sys.argv[1:])
@@ -23,6 +23,8 @@ def main() -> None:
     except StartupError as error:
         print(f"convoy-server: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -224,12 +224,8 @@ class DynamicBatcher:
         return Batch(tuple(taken), self._clock())
 
     def _run_batch(self, batch: Batch, buffer: Images) -> None:
-        end = 0
-        for request in batch.requests:
-            start, end = end, end + request.size
-            buffer[start:end] = request.images
         try:
-            outputs = self._run(buffer[:end])
+            outputs = self._run(_gather(batch, buffer))
         except Exception as error:  # whatever the model raises ends this batch only
             failure = InferenceError("the model failed on this batch")
             failure.__cause__ = error
@@ -254,6 +250,14 @@ class DynamicBatcher:
         for request in batch.requests:
             _fail(request, error)
         self._observer.batch_failed()
+
+
+def _gather(batch: Batch, buffer: Images) -> Images:
+    end = 0
+    for request in batch.requests:
+        start, end = end, end + request.size
+        buffer[start:end] = request.images
+    return buffer[:end]
 
 
 def _fail(request: InferenceRequest, error: RequestError) -> None:

@@ -327,3 +327,11 @@ async def test_random_cancels_never_lose_duplicate_or_misroute_an_answer(backend
         result for result, gone in zip(results, cancelled, strict=True) if gone
     ]
     assert observer.queued == 0
+
+
+async def test_images_of_another_shape_fail_their_batch_and_not_the_instance(make, backend):
+    batcher = make()
+    backend.permits.release()
+    with pytest.raises(InferenceError):
+        await batcher.infer(np.zeros((1, 5, 5, 3), np.uint8))
+    assert (await batcher.infer(image(2))).outputs.logits[0, 0] == 2
