@@ -21,6 +21,7 @@ from training.inputs import Normalization, measure, to_device
 from training.loop import EpochResult, Trainer
 from training.nets.airbench import AirbenchNet
 from training.recipe import Recipe
+from training.report import misclassified, write_report
 from training.tracking import Tracker
 
 _WHITENING_SAMPLES = 5000
@@ -86,6 +87,9 @@ def run(recipe: Recipe, options: RunOptions, progress: Progress) -> Checkpoint:
         metrics = {**best.metrics, "test_loss": tested.loss, "test_accuracy": tested.accuracy}
         final = replace(best, metrics=metrics, temperature=temperature)
         checkpoints.save(options.out / "best.pt", final)
+        figure = write_report(options.out, data.classes, tested)
+        wrong = test[0].cpu()[misclassified(tested)]
+        tracker.draw(figure, trainer.net, normalization.apply(test[0][:1]), wrong)
         tracker.finish(recipe.as_dict(), metrics)
     return final
 

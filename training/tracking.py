@@ -6,9 +6,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from matplotlib.figure import Figure
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from training.loop import EpochResult
+from training.report import feature_maps, first_filters
 
 
 class Tracker:
@@ -53,6 +56,24 @@ class Tracker:
         }
         for tag, value in tags.items():
             self._writer.add_scalar(tag, value, result.epoch)
+
+    def draw(self, report: Figure, net: nn.Module, inputs: Tensor, wrong: Tensor) -> None:
+        """Shows the report, the first filters, their feature maps, and wrongly classified images.
+
+        Args:
+            report: Curves and confusion matrix.
+            net: In the state that is kept.
+            inputs: Normalised test images `[N, 3, H, W]`; the first gives the feature maps.
+            wrong: Pixels of misclassified images `[M, H, W, 3]` uint8.
+        """
+        self._writer.add_figure("Report", report, close=False)
+        if len(wrong):
+            self._writer.add_images("Misclassified", wrong, dataformats="NHWC")
+        filters = first_filters(net)
+        if filters is not None:
+            self._writer.add_images("First layer/filters", filters)
+            maps = feature_maps(net, inputs[:1])
+            self._writer.add_images("First layer/feature maps", maps)
 
     def finish(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
         """Records the run's settings beside what came of them."""

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 import torch
 
 from training.augment import alternating, augment, cutout, flip, shift

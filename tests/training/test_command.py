@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -49,6 +50,10 @@ def test_events_hold_loss_accuracy_and_rate(
     assert train(monkeypatch, "--model", "net", "--epochs", 2, "--out", tmp_path) == 0
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {"Report", "First layer/filters", "First layer/feature maps"} <= {
+        tag.rpartition("/")[0] if tag[-1].isdigit() else tag for tag in events.Tags()["images"]
+    }
+    assert cv2.imread(str(tmp_path / "report.png")).shape == (400, 1200, 3)
     for tag, name in (
         ("Loss/train", "train_loss"),
         ("Accuracy/valid", "valid_accuracy"),
