@@ -1,6 +1,7 @@
 """ExportedProgram (.pt2): torch.export's own archive, TorchScript's successor."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def write(
 
 def load(path: Path) -> Run:
     """Returns a function that runs the archive on this process's CPU."""
-    module = torch.export.load(path).module()
+    with warnings.catch_warnings():
+        # torch 2.11 warns about how it reads its own file.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        module = torch.export.load(path).module()
 
     def run(images: Images) -> Outputs:
         with torch.inference_mode():

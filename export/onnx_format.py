@@ -41,7 +41,8 @@ def write(
             dynamic_shapes={INPUT_NAME: {0: BATCH_AXIS}},
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise UnsupportedNetError(f"ONNX cannot express the net: {one_line(error)}") from error
+        reason = one_line(_first_cause(error))
+        raise UnsupportedNetError(f"ONNX cannot express the net: {reason}") from error
     if program is None:
         raise UnsupportedNetError("ONNX cannot express the net: the exporter returned no graph")
     # The nodes carry stack traces with the paths of whoever exported.
@@ -54,6 +55,13 @@ def write(
     )
     program.save(path, external_data=False)
     check(path)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Returns what the exporter tripped over, which it wraps in instructions for bug reports."""
+    while error.__cause__:
+        error = error.__cause__
+    return error
 
 
 def save(model: onnx.ModelProto, path: Path, description: Mapping[str, str]) -> None:
