@@ -1,7 +1,9 @@
 """What holds for the whole house."""
 
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,16 @@ def test_each_command_helps_by_both_names(name, module):
             [*command, "--help"], capture_output=True, text=True, timeout=60, check=True
         )
         assert "--help" in result.stdout
+
+
+def test_the_floors_of_grpcio_and_protobuf_are_those_of_the_stubs():
+    stubs = ROOT / "proto" / "gen" / "convoy" / "v1"
+    grpc_floor = re.search(
+        r"GRPC_GENERATED_VERSION = '([\d.]+)'", (stubs / "classifier_pb2_grpc.py").read_text()
+    )
+    protobuf_floor = re.search(
+        r"Protobuf Python Version: (\d+\.\d+)", (stubs / "classifier_pb2.py").read_text()
+    )
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"grpcio>={grpc_floor[1]}" in project["dependencies"]
+    assert f"protobuf>={protobuf_floor[1]}" in project["dependencies"]
