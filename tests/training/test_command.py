@@ -75,6 +75,19 @@ def test_ones_own_folder_is_trained_on(
     assert checkpoint.metrics["test_accuracy"] == 1
 
 
+@pytest.mark.parametrize("model", ["mobilenet_v3_small", "resnet18"])
+def test_a_torchvision_classifier_is_trained_and_reloaded(
+    model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data = ("--data", f"imagefolder:{image_folder}", "--recipe", "finetune", "--model", model)
+    sizes = ("--image-size", 40, "--set", "resize_shorter_px=48", "--batch-size", 8)
+    assert train(monkeypatch, *data, *sizes, "--epochs", 1, "--out", tmp_path / "run") == 0
+    checkpoint = checkpoints.load(tmp_path / "run" / "best.pt")
+    assert checkpoint.data.preprocessing.resize_shorter_px == 48
+    assert checkpoint.build_net()(torch.zeros(3, 3, 40, 40)).shape == (3, 2)
+
+
 def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_unreadable_images_are_listed_or_left_out(
     assert "03.png" in caplog.text
 
 
-def test_a_class_without_images_and_a_single_class_are_refused(image_folder: Path) -> None:
+def test_empty_and_unknown_classes_are_refused(image_folder: Path) -> None:
     spec = f"imagefolder:{image_folder}"
     (image_folder / "train" / "empty").mkdir()
     with pytest.raises(DataError, match="none for empty"):
@@ -78,6 +79,13 @@ def test_a_class_without_images_and_a_single_class_are_refused(image_folder: Pat
     (image_folder / "test" / "unknown").mkdir()
     with pytest.raises(DataError, match="unknown"):
         load_data(spec, cache=image_folder / "cache")
+
+
+def test_one_class_is_nothing_to_classify(image_folder: Path) -> None:
+    for split in ("train", "test"):
+        shutil.rmtree(image_folder / split / "dark")
+    with pytest.raises(DataError, match="at least 2 classes, got 1"):
+        load_data(f"imagefolder:{image_folder}", cache=image_folder / "cache")
 
 
 @pytest.mark.parametrize("spec", ["mnist", "imagefolder:", "imagefolder:/absent"])
