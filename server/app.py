@@ -83,7 +83,7 @@ class App:
     async def _start(self) -> None:
         settings = self._settings
         device = choose_device(settings.device)
-        versions = ModelRepository(settings.repository).newest_versions()
+        versions = ModelRepository(settings.repository).served_versions()
         # First in, last out: accepted requests are answered before the instances end.
         self._cleanup.push_async_callback(self._close_models)
         await self._listen(_max_message_bytes(settings, versions))

@@ -1,4 +1,7 @@
-"""Reads what a model version says about itself (proto/convoy/v1/model_manifest.proto)."""
+"""Reads what a version says about itself, and which one a model's owner wants served.
+
+Both are messages of proto/convoy/v1/model_manifest.proto, written as JSON.
+"""
 
 import json
 import re
@@ -12,6 +15,7 @@ from convoy.v1 import model_manifest_pb2 as pb
 from server.errors import ManifestError
 
 MANIFEST_NAME = "manifest.json"
+POLICY_NAME = "policy.json"
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 _PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -133,6 +137,30 @@ def read_manifest(version_dir: Path) -> Manifest:
     return manifest
 
 
+def read_policy(model_dir: Path) -> int | None:
+    """Returns the version that the policy of the model in folder NAME asks for, None without one.
+
+    Raises:
+        ManifestError: The policy is malformed or of another schema.
+    """
+    path = model_dir / POLICY_NAME
+    if not path.exists():
+        return None
+    try:
+        policy = json_format.ParseDict(_read_json(path), pb.ServingPolicy())
+        _check_schema(policy.schema_version)
+    except (OSError, ValueError, json_format.ParseError) as error:
+        raise ManifestError(
+            f"model {model_dir.name!r}: {POLICY_NAME}: {_one_line(error)}"
+        ) from error
+    return policy.version
+
+
+def _check_schema(found: int) -> None:
+    if found != SCHEMA_VERSION:
+        raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {found}")
+
+
 def _read_json(path: Path) -> dict[str, object]:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ValueError(f"expected at most {MAX_MANIFEST_BYTES} bytes")
@@ -143,8 +171,7 @@ def _read_json(path: Path) -> dict[str, object]:
 
 
 def _convert(message: pb.ModelManifest) -> Manifest:
-    if message.schema_version != SCHEMA_VERSION:
-        raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {message.schema_version}")
+    _check_schema(message.schema_version)
     manifest = Manifest(
         name=message.name,
         version=message.version,

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import RepositoryError, VerificationError
-from server.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest
+from server.manifest import (
+    MANIFEST_NAME,
+    POLICY_NAME,
+    FileRecord,
+    Manifest,
+    read_manifest,
+    read_policy,
+)
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -48,25 +55,41 @@ class ModelRepository:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def newest_versions(self) -> list[ModelVersion]:
-        """Returns the newest version of every model, sorted by name.
+    def served_versions(self) -> list[ModelVersion]:
+        """Returns the version of every model that shall be served, sorted by name.
+
+        That is the one which the model's policy file names, or the newest where there is none.
 
         Raises:
-            RepositoryError: The folder is missing or holds no model.
-            ManifestError: A newest version's manifest cannot be used.
+            RepositoryError: The folder is missing or holds no model, or a policy cannot be followed.
+            ManifestError: The manifest of a version to serve cannot be used.
         """
         if not self._root.is_dir():
             raise RepositoryError(f"repository: expected a folder, got {str(self._root)!r}")
-        newest = [versions[-1] for model in self._models() if (versions := _versions(model))]
-        if not newest:
+        chosen = [_chosen(versions) for model in self._models() if (versions := _versions(model))]
+        if not chosen:
             raise RepositoryError(
                 f"repository: {str(self._root)!r} holds no model "
                 f"(expected NAME/VERSION/{MANIFEST_NAME}; convoy-export writes one)"
             )
-        return [ModelVersion(folder, read_manifest(folder)) for folder in newest]
+        return [ModelVersion(folder, read_manifest(folder)) for folder in chosen]
 
     def _models(self) -> list[Path]:
         return sorted(path for path in self._root.iterdir() if _MODEL_NAME.fullmatch(path.name))
+
+
+def _chosen(versions: list[Path]) -> Path:
+    model = versions[-1].parent
+    version = read_policy(model)
+    if version is None:
+        return versions[-1]
+    chosen = model / str(version)
+    if chosen not in versions:
+        raise RepositoryError(
+            f"model {model.name!r}: {POLICY_NAME} names version {version}, "
+            f"found {', '.join(path.name for path in versions)}"
+        )
+    return chosen
 
 
 def _versions(model: Path) -> list[Path]:

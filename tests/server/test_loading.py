@@ -22,7 +22,7 @@ def load(tmp_path):
     def load_newest(device: str = "cpu") -> ServedModel:
         limits = BatchingLimits(max_batch_size=6, max_queue_size=16)
         options = LoadOptions(ArtefactFormat.ONNX, choose_device(device), 1, limits)
-        (version,) = ModelRepository(tmp_path / "models").newest_versions()
+        (version,) = ModelRepository(tmp_path / "models").served_versions()
         return load_model(version, options, metrics.batches_of)
 
     return load_newest

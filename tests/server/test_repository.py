@@ -13,7 +13,7 @@ def test_the_newest_version_of_each_model_is_found(publish, tmp_path):
     for version in (1, 2, 10):
         publish(version)
     publish(3, name="shades")
-    found = ModelRepository(tmp_path / "models").newest_versions()
+    found = ModelRepository(tmp_path / "models").served_versions()
     assert [(v.manifest.name, v.manifest.version) for v in found] == [
         ("colours", 10),
         ("shades", 3),
@@ -30,20 +30,20 @@ def test_what_is_no_published_version_is_left_alone(publish, tmp_path):
     (models / "colours" / "05").mkdir()
     (models / "README.md").write_text("notes")
     (models / "elsewhere").symlink_to(models / "colours")
-    (found,) = ModelRepository(models).newest_versions()
+    (found,) = ModelRepository(models).served_versions()
     assert found.manifest.version == 1
 
 
 def test_an_empty_or_missing_repository_is_an_error(tmp_path: Path):
     with pytest.raises(RepositoryError, match="holds no model"):
-        ModelRepository(tmp_path).newest_versions()
+        ModelRepository(tmp_path).served_versions()
     with pytest.raises(RepositoryError, match="expected a folder"):
-        ModelRepository(tmp_path / "nowhere").newest_versions()
+        ModelRepository(tmp_path / "nowhere").served_versions()
 
 
 def test_a_file_is_compared_with_the_manifest(publish, tmp_path):
     folder = publish()
-    (version,) = ModelRepository(tmp_path / "models").newest_versions()
+    (version,) = ModelRepository(tmp_path / "models").served_versions()
     record = version.manifest.artefact(ArtefactFormat.ONNX).file
     assert version.verified_file(record) == folder / "model.onnx"
     content = bytearray((folder / "model.onnx").read_bytes())
@@ -55,7 +55,7 @@ def test_a_file_is_compared_with_the_manifest(publish, tmp_path):
 
 def test_a_link_in_the_place_of_a_file_is_refused(publish, tmp_path):
     folder = publish()
-    (version,) = ModelRepository(tmp_path / "models").newest_versions()
+    (version,) = ModelRepository(tmp_path / "models").served_versions()
     (folder / "model.onnx").rename(tmp_path / "outside.onnx")
     (folder / "model.onnx").symlink_to(tmp_path / "outside.onnx")
     with pytest.raises(VerificationError, match="plain file"):
@@ -116,3 +116,27 @@ def test_the_manifest_of_a_version_reads_as_written(publish):
     assert manifest.labels == tuple(written["labels"])
     assert manifest.sample_shape == (4, 6, 3)
     assert manifest.artefact(ArtefactFormat.ONNX).tolerance == 1e-4
+
+
+def test_the_policy_file_chooses_the_version(publish, tmp_path):
+    for version in (1, 2, 3):
+        folder = publish(version)
+    policy = folder.parent / "policy.json"
+    policy.write_text(json.dumps({"schema_version": 1, "version": 2, "previous": [1]}))
+    (found,) = ModelRepository(tmp_path / "models").served_versions()
+    assert found.manifest.version == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"schema_version": 1, "version": 9}', "names version 9, found 1"),
+        ('{"schema_version": 2, "version": 1}', "schema_version: expected 1, got 2"),
+        ("{", r"policy\.json"),
+    ],
+)
+def test_a_policy_that_cannot_be_followed_is_an_error(publish, tmp_path, content, message):
+    (publish().parent / "policy.json").write_text(content)
+    with pytest.raises(RepositoryError, match=message) as caught:
+        ModelRepository(tmp_path / "models").served_versions()
+    assert "\n" not in str(caught.value)
