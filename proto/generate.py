@@ -26,7 +26,10 @@ def generate(target: Path) -> None:
     sources = sorted(PROTO_DIR.glob("convoy/**/*.proto"))
     include = importlib.resources.files("grpc_tools") / "_proto"
     plugins = [f"--{name}_out={target}" for name in ("python", "grpc_python")]
-    plugins += [f"--{name}_out=quiet:{target}" for name in ("mypy", "mypy_grpc")]
+    for name in ("mypy", "mypy_grpc"):
+        # Beside this Python: the environment need not be activated.
+        program = Path(sys.executable).parent / f"protoc-gen-{name}"
+        plugins += [f"--plugin={program}", f"--{name}_out=quiet:{target}"]
     arguments = ["protoc", f"-I{PROTO_DIR}", f"-I{include}", *plugins, *map(str, sources)]
     if protoc.main(arguments) != 0:
         sys.exit("protoc failed; its message is above")

@@ -150,9 +150,8 @@ def read_policy(model_dir: Path) -> int | None:
         policy = json_format.ParseDict(_read_json(path), pb.ServingPolicy())
         _check_schema(policy.schema_version)
     except (OSError, ValueError, json_format.ParseError) as error:
-        raise ManifestError(
-            f"model {model_dir.name!r}: {POLICY_NAME}: {_one_line(error)}"
-        ) from error
+        where = f"model {model_dir.name!r}: {POLICY_NAME}"
+        raise ManifestError(f"{where}: {_one_line(error)}") from error
     return policy.version
 
 

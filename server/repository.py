@@ -61,7 +61,8 @@ class ModelRepository:
         That is the one which the model's policy file names, or the newest where there is none.
 
         Raises:
-            RepositoryError: The folder is missing or holds no model, or a policy cannot be followed.
+            RepositoryError: The folder is missing or holds no model, or a policy names a version
+                that is not there.
             ManifestError: The manifest of a version to serve cannot be used.
         """
         if not self._root.is_dir():
