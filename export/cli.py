@@ -71,7 +71,7 @@ Script = Annotated[
 ]
 SigningKey = Annotated[
     Path | None,
-    typer.Option(help="Ed25519 private key (PEM); a server can demand its signature."),
+    typer.Option(help="Ed25519 private key (PEM) to sign with; `verify` can demand it."),
 ]
 ServedName = Annotated[str, typer.Option(help="Name the model is served under.")]
 Triple = tuple[float, float, float]
