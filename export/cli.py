@@ -58,7 +58,8 @@ Precisions = Annotated[
     typer.Option(
         "--precision",
         help="Write further artefacts beside the float32 ones: fp16 and bf16 (not ONNX) for CUDA, "
-        "int8 for ONNX on a CPU; repeat for more.",
+        "whose proof takes minutes on a CPU without such arithmetic; int8 for ONNX on a CPU; "
+        "repeat for more.",
     ),
 ]
 DEFAULT_PRECISIONS = [Precision.FP32]
