@@ -28,6 +28,7 @@ from export.publishing import ModelFolder
 from export.samples import Samples
 from export.servable import Images, Run, Servable
 from export.source import ModelSource
+from export.threads import one_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ LOADERS: dict[ArtefactFormat, Callable[[Path], Run]] = {
 """How each format is run here."""
 
 
+@one_thread()
 def export(
     source: ModelSource, proof_data: Samples, target: ModelFolder, options: ExportOptions
 ) -> Published:

@@ -16,6 +16,7 @@ from export.pipeline import LOADERS
 from export.proof import GATES, Expectation, Gate, Parity, prove
 from export.servable import Outputs, Run
 from export.source import ModelSource
+from export.threads import one_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ def check_origin(version: Version, source: ModelSource) -> None:
         )
 
 
+@one_thread()
 def verify(version: Version, expected: Expectation) -> dict[Variant, Parity]:
     """Proves every artefact of a version again, on golden samples or on an eager net's answers.
 

@@ -272,7 +272,7 @@ Global___Artefact: typing_extensions.TypeAlias = Artefact
 
 @typing.final
 class BatchLatency(google.protobuf.message.Message):
-    """Time of one call with tensors in memory, on the exporter's CPU."""
+    """Time of one call with tensors in memory, on one thread of the exporter's CPU."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
