@@ -111,7 +111,13 @@ def publish(
 
     variants = choose_variants(formats, precisions)
     order = _Order(ModelFolder(repository, name), variants, script, sign_key)
-    _publish(from_checkpoint(checkpoint), data, order)
+    source = from_checkpoint(checkpoint)
+    if source.architecture_arguments.get("shared_blocks"):
+        message = (
+            "one batch norm serves all depths (shared_blocks): expect less accuracy than trained"
+        )
+        typer.echo(f"convoy-export: warning: {message}", err=True)
+    _publish(source, data, order)
 
 
 @app.command()

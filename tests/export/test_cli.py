@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from export.__main__ import main
-from training import checkpoints
+from training import checkpoints, nets
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -131,3 +132,24 @@ def test_the_module_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_shared_blocks_are_exported_with_a_warning(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shared = checkpoints.Architecture(
+        "net_res_deep", {"n_chans1": 8, "n_blocks": 2, "shared_blocks": True}
+    )
+    net = nets.create(shared.name, **shared.arguments)
+    checkpoint = replace(
+        checkpoints.load(tiny_checkpoint), architecture=shared, state_dict=net.state_dict()
+    )
+    checkpoints.save(tmp_path / "shared.pt", checkpoint)
+    flags = ["--repository", tmp_path / "models", "--name", "digits", "--format", "torchscript"]
+    assert run(monkeypatch, tmp_path / "shared.pt", *flags) == 0
+    assert "warning: one batch norm serves all depths" in capsys.readouterr().err
+    assert run(monkeypatch, tiny_checkpoint, *flags) == 0
+    assert "warning" not in capsys.readouterr().err
