@@ -68,7 +68,6 @@ class AirbenchNet(nn.Module):
         self.whitening.weight.requires_grad_(False)
         pairs = zip((filters, *widths[:2]), widths, strict=True)
         self.blocks = nn.Sequential(*(_Block(before, after) for before, after in pairs))
-        self.pool = nn.AdaptiveMaxPool2d(1)
         self.head = nn.Linear(widths[2], n_classes, bias=False)
         self.logit_scale = logit_scale
 
@@ -89,5 +88,6 @@ class AirbenchNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps images `[N, 3, H, W]` to logits `[N, K]`."""
         out = self.blocks(nn.functional.gelu(self.whitening(x)))
-        logits: Tensor = self.head(self.pool(out).flatten(1)) * self.logit_scale
+        # Not adaptive max pooling, which torch 2.11 cannot export to ONNX.
+        logits: Tensor = self.head(out.amax((2, 3))) * self.logit_scale
         return logits
