@@ -4,7 +4,8 @@ import sys
 
 import typer
 
-from clients.cli import app, complain
+from clients.cli import app
+from clients.cli.options import complain
 from clients.errors import ClientError
 
 _INTERRUPTED = 130

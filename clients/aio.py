@@ -2,32 +2,57 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
+from typing import TypeVar
 
 import grpc
 
-from clients.connection import ConnectionOptions, default_address
-from clients.errors import ClientError, from_status
+from clients.connection import DEFAULT_TIMEOUT_S, Connection, ConnectionOptions
+from clients.errors import ClientError, from_rpc_error
 from clients.images import ImageLike, classify_request
-from clients.results import Classification, classification
+from clients.lifetime import Lifetime
+from clients.results import (
+    Classification,
+    Health,
+    Inference,
+    ModelStatus,
+    classification,
+    model_status,
+)
+from clients.tensors import Array, infer_request, inference
+from convoy.oip.v2 import inference_pb2, inference_pb2_grpc
+from convoy.v1 import classifier_pb2 as pb
 from convoy.v1 import classifier_pb2_grpc
+
+Reply = TypeVar("Reply")
 
 
 class AsyncClient:
-    """Talks to one server from one event loop.
+    """Talks to a server from one event loop.
 
     Example:
         async with AsyncClient() as client:
             async for answer in client.classify_many(paths, model="digits"):
                 print(answer)
+
+    Arguments, answers and errors are those of `Client`.
     """
 
-    def __init__(self, address: str | None = None, *, timeout_s: float = 10.0) -> None:
-        options = ConnectionOptions(address or default_address(), timeout_s)
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        options: ConnectionOptions | None = None,
+    ) -> None:
+        connection = Connection.to(address, timeout_s, options)
+        self._lifetime = Lifetime()
         self._timeout_s = timeout_s
-        self._channel = grpc.aio.insecure_channel(options.address, options.channel_options())
+        self._metadata = connection.metadata()
+        self._channel = connection.open_aio()
         self._classifier = classifier_pb2_grpc.ClassifierServiceStub(self._channel)
+        self._inference = inference_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -42,17 +67,15 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Ends the connection."""
+        self._lifetime.close()
         await self._channel.close()
 
     async def classify(
         self, image: ImageLike, *, model: str = "", version: int = 0, top_k: int = 1
     ) -> Classification:
-        """Classifies one picture; arguments and errors are those of `Client.classify`."""
+        """Classifies one picture."""
         request = classify_request(image, model, version, top_k)
-        try:
-            return classification(await self._classifier.Classify(request, timeout=self._timeout_s))
-        except grpc.aio.AioRpcError as error:
-            raise from_status(error.code(), error.details()) from error
+        return classification(await self._call(self._classifier.Classify, request))
 
     async def classify_many(
         self,
@@ -68,6 +91,7 @@ class AsyncClient:
         A picture that cannot be classified yields its error and stops nobody else. At most
         `in_flight` requests are under way, and so many pictures held, at a time.
         """
+        self._lifetime.check()
         pending: deque[asyncio.Task[Classification | ClientError]] = deque()
 
         async def answer(image: ImageLike) -> Classification | ClientError:
@@ -86,3 +110,38 @@ class AsyncClient:
         finally:
             for task in pending:
                 task.cancel()
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str = "",
+        outputs: Sequence[str] = (),
+    ) -> Inference:
+        """Runs a model on tensors; works with any server of the Open Inference Protocol."""
+        request = infer_request(model, inputs, version, outputs)
+        return inference(await self._call(self._inference.ModelInfer, request))
+
+    async def models(self) -> list[ModelStatus]:
+        """Lists the model versions in service."""
+        reply = await self._call(self._classifier.ListModels, pb.ListModelsRequest())
+        return [model_status(model) for model in reply.models]
+
+    async def health(self, model: str = "") -> Health:
+        """Tells whether the server, or one of its models, takes requests."""
+        alive = await self._call(self._inference.ServerLive, inference_pb2.ServerLiveRequest())
+        if model:
+            request = inference_pb2.ModelReadyRequest(name=model)
+            ready = (await self._call(self._inference.ModelReady, request)).ready
+        else:
+            anything = inference_pb2.ServerReadyRequest()
+            ready = (await self._call(self._inference.ServerReady, anything)).ready
+        return Health(alive.live, ready)
+
+    async def _call(self, method: Callable[..., Awaitable[Reply]], request: object) -> Reply:
+        self._lifetime.check()
+        try:
+            return await method(request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from error

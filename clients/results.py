@@ -1,6 +1,10 @@
 """What the server says, as plain values."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from convoy.v1 import classifier_pb2 as pb
 
@@ -68,6 +72,33 @@ class ModelStatus:
     device: str
     provider: str
     max_batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """How a server, or one of its models, is.
+
+    Attributes:
+        live: The process answers.
+        ready: It takes requests.
+    """
+
+    live: bool
+    ready: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """The output tensors of one call.
+
+    Attributes:
+        version: The version that ran, as the server wrote it; empty where it does not say.
+        outputs: By name, in the model's order.
+    """
+
+    model: str
+    version: str
+    outputs: Mapping[str, NDArray[np.generic]]
 
 
 def classification(reply: pb.ClassifyResponse) -> Classification:

@@ -1,5 +1,6 @@
 """The client library against a real server process."""
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from clients import (
     Classification,
     Client,
     DeadlineExceededError,
+    Health,
     ImageError,
     InvalidRequestError,
     ModelNotFoundError,
@@ -104,6 +106,46 @@ def test_a_client_is_shared_between_threads(server, golden):
     with Client(server.address) as client, ThreadPoolExecutor(8) as pool:
         answers = pool.map(client.classify, [golden["images"][n % 16] for n in range(160)])
         assert [answer.best.index for answer in answers] == [expected[n % 16] for n in range(160)]
+
+
+def test_a_closed_iterator_of_many_images_leaves_no_calls(server, golden):
+    with Client(server.address) as client:
+        answers = client.classify_many(itertools.repeat(golden["images"][0]), in_flight=4)
+        assert next(answers).best.index == golden["logits"][0].argmax()
+        answers.close()
+        assert client.classify(golden["images"][1]).batch_size == 1
+
+
+def test_many_images_in_order_without_an_event_loop(server, golden):
+    images = [Path("nowhere.png") if n % 10 == 3 else golden["images"][n % 16] for n in range(100)]
+    with Client(server.address) as client:
+        answers = list(client.classify_many(images, in_flight=8))
+    assert len(answers) == 100
+    for number, answer in enumerate(answers):
+        if number % 10 == 3:
+            assert isinstance(answer, ImageError)
+        else:
+            assert answer.best.index == golden["logits"][number % 16].argmax()
+
+
+async def test_both_clients_infer_and_look_at_the_server_alike(server, golden):
+    inputs = {"image": golden["images"]}
+    with Client(server.address) as client:
+        answer = client.infer("digits", inputs)
+        models, health = client.models(), client.health()
+        absent = client.health("cats")
+        only = client.infer("digits", inputs, version="1", outputs=["probabilities"])
+    np.testing.assert_allclose(answer.outputs["logits"], golden["logits"], atol=1e-3)
+    assert (answer.model, answer.version, list(only.outputs)) == ("digits", "1", ["probabilities"])
+    assert (health, absent) == (Health(live=True, ready=True), Health(live=True, ready=False))
+    assert [(m.name, m.version, len(m.labels)) for m in models] == [("digits", 1, 10)]
+    async with AsyncClient(server.address) as client:
+        again = await client.infer("digits", inputs)
+        np.testing.assert_array_equal(again.outputs["logits"], answer.outputs["logits"])
+        assert await client.models() == models
+        assert await client.health("digits") == health
+        with pytest.raises(InvalidRequestError, match="'image'"):
+            await client.infer("digits", {"picture": golden["images"]})
 
 
 async def test_many_images_come_back_in_order_with_errors_in_their_places(server, golden):

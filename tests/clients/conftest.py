@@ -1,0 +1,96 @@
+"""A real gRPC server on a loopback port whose answers a test writes itself."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+import pytest
+
+from convoy.v1 import classifier_pb2 as pb
+from convoy.v1 import classifier_pb2_grpc
+
+Handler = Callable[[pb.ClassifyRequest, grpc.ServicerContext, int], pb.ClassifyResponse]
+ANSWER = pb.ClassifyResponse(model="m", version=1, classes=[pb.ClassScore(label="yes")])
+
+
+@dataclass
+class ScriptedServer(classifier_pb2_grpc.ClassifierServiceServicer):
+    """Answers Classify by `handler`, which is told how many calls came before.
+
+    Attributes:
+        metadata: What came with each call.
+    """
+
+    handler: Handler
+    address: str = ""
+    metadata: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        return len(self.metadata)
+
+    def Classify(self, request, context):
+        earlier = self.calls
+        self.metadata.append(dict(context.invocation_metadata()))
+        return self.handler(request, context, earlier)
+
+
+@contextmanager
+def scripted_server(
+    handler: Handler, credentials: grpc.ServerCredentials | None = None
+) -> Iterator[ScriptedServer]:
+    """Serves until the end of the block."""
+    scripted = ScriptedServer(handler)
+    server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
+    classifier_pb2_grpc.add_ClassifierServiceServicer_to_server(scripted, server)
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+    scripted.address = f"127.0.0.1:{port}"
+    server.start()
+    try:
+        yield scripted
+    finally:
+        server.stop(None).wait()
+
+
+def answer(request, context, earlier):
+    """A handler that is always content."""
+    return ANSWER
+
+
+def refuse_first(refusals: int, code=grpc.StatusCode.UNAVAILABLE, pushback_ms=None) -> Handler:
+    """A handler that refuses some calls before it answers."""
+
+    def handle(request, context, earlier):
+        if earlier < refusals:
+            if pushback_ms is not None:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(pushback_ms)),))
+            context.abort(code, "not now")
+        return ANSWER
+
+    return handle
+
+
+@pytest.fixture(params=["sync", "aio"])
+def classify(request):
+    """`classify(address, options, …)` by one of the two clients."""
+    import asyncio
+
+    from clients import AsyncClient, Client
+
+    def by_client(address, image=b"x", **options):
+        with Client(address, **options) as client:
+            return client.classify(image)
+
+    def by_async_client(address, image=b"x", **options):
+        async def run():
+            async with AsyncClient(address, **options) as client:
+                return await client.classify(image)
+
+        return asyncio.run(run())
+
+    return by_client if request.param == "sync" else by_async_client

@@ -1,0 +1,366 @@
+"""Deadlines, retries, several addresses, encryption and identity, against real gRPC servers."""
+
+import contextlib
+import datetime
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from threading import Thread
+
+import grpc
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from clients import (
+    AccessError,
+    Client,
+    ConnectionOptions,
+    DeadlineExceededError,
+    InferenceError,
+    InvalidRequestError,
+    LifetimeError,
+    MessageTooLargeError,
+    OverloadedError,
+    RetryPolicy,
+    Tls,
+    UnavailableError,
+    UnsupportedError,
+    UsageError,
+)
+from tests.clients.conftest import ANSWER, answer, refuse_first, scripted_server
+
+QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
+def test_a_refusal_is_retried_without_the_caller_noticing(classify, code):
+    with scripted_server(refuse_first(3, code)) as server:
+        assert classify(server.address, options=ConnectionOptions(QUICK)).best.label == "yes"
+        assert server.calls == 4
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        (grpc.StatusCode.INVALID_ARGUMENT, InvalidRequestError),
+        (grpc.StatusCode.INTERNAL, InferenceError),
+        (grpc.StatusCode.UNAUTHENTICATED, AccessError),
+        (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
+    ],
+)
+def test_what_may_have_been_done_is_not_retried(classify, code, error):
+    with scripted_server(refuse_first(9, code)) as server:
+        with pytest.raises(error, match="not now"):
+            classify(server.address)
+        assert server.calls == 1
+
+
+def test_retries_end_and_may_be_switched_off(classify):
+    with scripted_server(refuse_first(99, grpc.StatusCode.RESOURCE_EXHAUSTED)) as server:
+        with pytest.raises(OverloadedError, match="not now"):
+            classify(server.address, options=ConnectionOptions(QUICK))
+        assert server.calls == 4
+        with pytest.raises(OverloadedError):
+            classify(server.address, options=ConnectionOptions(RetryPolicy(attempts=1)))
+        assert server.calls == 5
+
+
+def test_the_servers_pushback_is_waited_for(classify):
+    with scripted_server(refuse_first(1, pushback_ms=600)) as server:
+        started_s = time.monotonic()
+        classify(server.address, options=ConnectionOptions(QUICK))
+        assert time.monotonic() - started_s >= 0.6
+        assert server.calls == 2
+
+
+def test_a_negative_pushback_forbids_retries(classify):
+    with scripted_server(refuse_first(1, pushback_ms=-1)) as server:
+        with pytest.raises(UnavailableError):
+            classify(server.address, options=ConnectionOptions(QUICK))
+        assert server.calls == 1
+
+
+def test_one_deadline_bounds_a_call_with_its_retries(classify):
+    slow = ConnectionOptions(RetryPolicy(attempts=5, initial_backoff_s=0.5, max_backoff_s=5))
+    with scripted_server(refuse_first(99)) as server:
+        started_s = time.monotonic()
+        with pytest.raises((DeadlineExceededError, UnavailableError)):
+            classify(server.address, timeout_s=1, options=slow)
+        assert time.monotonic() - started_s < 1.5
+        assert 1 < server.calls < 5
+
+
+def test_the_server_sees_the_deadline(classify):
+    remaining_s = []
+
+    def handle(request, context, earlier):
+        remaining_s.append(context.time_remaining())
+        return ANSWER
+
+    with scripted_server(handle) as server:
+        classify(server.address, timeout_s=7)
+    assert 6 < remaining_s[0] <= 7
+
+
+def test_a_server_that_refuses_most_calls_is_not_asked_again_and_again():
+    options = ConnectionOptions(RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02, budget=8))
+    with (
+        scripted_server(refuse_first(10_000)) as server,
+        Client(server.address, options=options) as client,
+    ):
+        for _ in range(20):
+            with pytest.raises(UnavailableError):
+                client.classify(b"x")
+        # Without a budget there would be four attempts a call.
+        assert 20 <= server.calls < 30
+
+
+def test_calls_go_round_several_servers_and_around_a_dead_one():
+    with scripted_server(answer) as first, scripted_server(answer) as second:
+        both = f"{first.address},{second.address}"
+        with Client(both) as client:
+            client.classify(b"x")
+            time.sleep(0.5)  # until both are connected
+            for _ in range(40):
+                client.classify(b"x")
+        assert min(first.calls, second.calls) >= 15
+        seen = first.calls
+        with Client(f"{first.address},127.0.0.1:1") as client:
+            for _ in range(20):
+                client.classify(b"x")
+        assert first.calls == seen + 20
+
+
+def test_a_restarted_server_is_found_again():
+    with scripted_server(answer) as server:
+        port = server.address
+        client = Client(port)
+        client.classify(b"x")
+    with pytest.raises(UnavailableError):
+        client.classify(b"x")
+    again = grpc.server(ThreadPoolExecutor(2))
+    again.add_insecure_port(port)
+    again.start()
+    try:
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            try:
+                client.classify(b"x")
+            except UnsupportedError:  # it answers, though it knows no Classify
+                return
+            except UnavailableError:
+                time.sleep(0.05)
+        pytest.fail("the client did not come back")
+    finally:
+        client.close()
+        again.stop(None).wait()
+
+
+def test_a_message_over_the_limit_is_said_to_be_so(classify):
+    small = ConnectionOptions(max_message_bytes=1000)
+    with scripted_server(answer) as server:
+        with pytest.raises(MessageTooLargeError, match="larger than max"):
+            classify(server.address, b"x" * 2000, options=small)
+        # Servers accept 4 MiB unless they say otherwise.
+        with pytest.raises(MessageTooLargeError, match="larger than max"):
+            classify(server.address, b"x" * 5_000_000)
+        assert server.calls == 0
+
+
+@contextmanager
+def counting_proxy(address: str) -> Iterator[tuple[str, list[int]]]:
+    """Forwards TCP connections; gives its address and a list of the bytes that clients sent."""
+    host, _, port = address.partition(":")
+    sent: list[int] = []
+
+    def pump(source, sink, sizes):
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(65536):
+                sizes.append(len(chunk))
+                sink.sendall(chunk)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ExitStack() as open_sockets:
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    client = open_sockets.enter_context(listener.accept()[0])
+                    server = open_sockets.enter_context(socket.create_connection((host, port)))
+                    Thread(target=pump, args=(client, server, sent), daemon=True).start()
+                    Thread(target=pump, args=(server, client, []), daemon=True).start()
+
+        Thread(target=accept, daemon=True).start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}", sent
+
+
+def test_gzip_makes_requests_smaller(classify):
+    with scripted_server(answer) as server, counting_proxy(server.address) as (address, sent):
+        classify(address, bytes(1_000_000), options=ConnectionOptions(gzip=True))
+        compressed_bytes = sum(sent)
+        classify(address, bytes(1_000_000))
+        assert compressed_bytes < 50_000
+        assert sum(sent) - compressed_bytes > 1_000_000
+
+
+def test_a_closed_client_says_so():
+    with scripted_server(answer) as server:
+        with Client(server.address) as client:
+            pass
+        with pytest.raises(LifetimeError, match="closed"):
+            client.classify(b"x")
+
+
+FORKING = """
+import os, sys
+from clients import Client, LifetimeError
+client = Client(sys.argv[1])
+print(client.classify(b"x").best.label, flush=True)
+if os.fork() == 0:
+    try:
+        client.classify(b"x")
+    except LifetimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+def test_a_client_made_before_a_fork_says_so():
+    with scripted_server(answer) as server:
+        result = subprocess.run(
+            [sys.executable, "-c", FORKING, server.address],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+    first, second = result.stdout.splitlines()
+    assert first == "yes"
+    assert "made before this process was forked" in second
+
+
+class Authority:
+    """Signs certificates for 127.0.0.1 and writes them as PEM files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "authority")])
+        self.ca = self._write("ca.pem", self._sign(self._key, self._name, authority=True))
+
+    def issue(self, name: str) -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        private = self._folder / f"{name}.key"
+        private.write_bytes(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        return self._write(f"{name}.pem", self._sign(key, subject, authority=False)), private
+
+    def _sign(self, key, subject, *, authority) -> x509.Certificate:
+        now = datetime.datetime.now(datetime.UTC)
+        local = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(hours=1))
+            .not_valid_after(now + datetime.timedelta(hours=1))
+            .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+            .add_extension(x509.SubjectAlternativeName([local]), critical=False)
+            .sign(self._key, hashes.SHA256())
+        )
+
+    def _write(self, name: str, certificate: x509.Certificate) -> Path:
+        path = self._folder / name
+        path.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+        return path
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    return Authority(tmp_path_factory.mktemp("certificates"))
+
+
+def server_credentials(authority, *, mutual):
+    certificate, key = authority.issue("server")
+    pair = (key.read_bytes(), certificate.read_bytes())
+    root = authority.ca.read_bytes() if mutual else None
+    return grpc.ssl_server_credentials([pair], root, require_client_auth=mutual)
+
+
+def test_tls_by_argument_and_by_environment(classify, authority, monkeypatch):
+    with scripted_server(answer, server_credentials(authority, mutual=False)) as server:
+        assert classify(server.address, options=ConnectionOptions(tls=Tls(authority.ca)))
+        with pytest.raises(UnavailableError):  # not the system's roots
+            classify(server.address, timeout_s=2, options=ConnectionOptions(tls=Tls()))
+        with pytest.raises(UnavailableError):
+            classify(server.address, timeout_s=2)
+        monkeypatch.setenv("CONVOY_TLS_CA", str(authority.ca))
+        monkeypatch.setenv("CONVOY_TOKEN", "secret")
+        assert classify(server.address)
+        assert server.metadata[-1]["authorization"] == "Bearer secret"
+
+
+def test_mutual_tls(classify, authority):
+    with scripted_server(answer, server_credentials(authority, mutual=True)) as server:
+        certificate, key = authority.issue("client")
+        tls = Tls(authority.ca, certificate, key)
+        assert classify(server.address, options=ConnectionOptions(tls=tls))
+        with pytest.raises(UnavailableError):
+            classify(server.address, options=ConnectionOptions(tls=Tls(authority.ca)), timeout_s=2)
+
+
+def test_a_token_never_crosses_the_network_in_the_clear(classify):
+    options = ConnectionOptions(token="secret")
+    with scripted_server(answer) as server:
+        classify(server.address, options=options)
+        assert server.metadata[-1]["authorization"] == "Bearer secret"
+    with pytest.raises(UsageError, match="in the clear"):
+        classify("192.0.2.1:8001", options=options)
+    assert "secret" not in repr(options)
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "words"),
+    [
+        ("one:1,two:2", {}, "dns:///"),
+        ("127.0.0.1:1,[::1]:2", {}, "one family"),
+        ("127.0.0.1:1", {"timeout_s": 0}, "timeout_s"),
+        ("127.0.0.1:1", {"options": ConnectionOptions(tls=Tls(Path("no.pem")))}, "no.pem"),
+        ("127.0.0.1:1", {"options": ConnectionOptions(tls=Tls(key=Path("k")))}, "one of the two"),
+    ],
+)
+def test_wrong_options_are_said_at_once(classify, address, options, words):
+    with pytest.raises(UsageError, match=words):
+        classify(address, **options)
+
+
+def test_retries_have_limits():
+    with pytest.raises(UsageError, match="1 to 5"):
+        RetryPolicy(attempts=6)
+    with pytest.raises(UsageError, match="initial_backoff_s"):
+        RetryPolicy(initial_backoff_s=0.001)
+
+
+def test_the_environment_is_read_once_and_only_what_is_asked_for():
+    assert ConnectionOptions.from_environment({}) == ConnectionOptions()
+    options = ConnectionOptions.from_environment({"CONVOY_TLS": "1", "CONVOY_GZIP": "yes"})
+    assert options == ConnectionOptions(tls=Tls(), gzip=True)
+    assert os.environ.get("CONVOY_TLS") is None
