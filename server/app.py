@@ -31,6 +31,7 @@ from server.protocols.classifier import ClassifierServicer
 from server.protocols.oip import InferenceServicer
 from server.repository import ModelRepository, ModelVersion
 from server.settings import ServerSettings
+from server.signing import read_public_key
 
 logger = structlog.get_logger()
 
@@ -213,6 +214,11 @@ def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:
         max_queue_delay_s=settings.max_queue_delay_ms / 1000,
         instances=instances,
     )
+    required = settings.require_signature
     return LoadOptions(
-        ArtefactFormat(settings.backend), device, threads=max(1, cpus // instances), limits=limits
+        ArtefactFormat(settings.backend),
+        device,
+        threads=max(1, cpus // instances),
+        limits=limits,
+        public_key=read_public_key(required) if required else None,
     )

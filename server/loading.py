@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from server.backends import Backend, load_backend
 from server.backends.devices import Device
@@ -14,6 +15,7 @@ from server.batcher import BatchingLimits, BatchObserver, DynamicBatcher
 from server.errors import VerificationError
 from server.manifest import ArtefactFormat, Manifest
 from server.repository import ModelVersion
+from server.signing import verify_signature
 
 logger = structlog.get_logger()
 
@@ -25,12 +27,14 @@ class LoadOptions:
     Attributes:
         format: The artefact to run.
         threads: CPU threads for one batch.
+        public_key: Whose signature every version must bear; None asks for none.
     """
 
     format: ArtefactFormat
     device: Device
     threads: int
     limits: BatchingLimits
+    public_key: Ed25519PublicKey | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +75,14 @@ def load_model(
         observe: Makes the observer that its batcher reports to.
 
     Raises:
-        RepositoryError: A file differs from the manifest, cannot be loaded, or its answers do.
+        RepositoryError: The signature is missing or wrong, a file differs from the manifest or
+            cannot be loaded, or its answers differ.
         DeviceError: The device cannot be used.
     """
     started_s = time.monotonic()
     manifest = version.manifest
+    if options.public_key:
+        verify_signature(version.folder, options.public_key)
     artefact = manifest.artefact(options.format)
     samples = version.verified_file(manifest.samples)
     path = version.verified_file(artefact.file)

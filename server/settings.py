@@ -41,6 +41,11 @@ class ServerSettings(BaseSettings):
     repository: Path = Field(
         description="Folder of models, NAME/VERSION/manifest.json, as convoy-export writes it."
     )
+    require_signature: Path | None = Field(
+        None,
+        description="File with an Ed25519 public key (PEM). Versions that its private half did not "
+        "sign (convoy-export --sign-key) are not loaded.",
+    )
     host: str = Field(
         "127.0.0.1", description="Address to listen on. Beyond loopback anyone may send requests."
     )
