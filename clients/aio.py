@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ import grpc
 
 from clients.connection import DEFAULT_TIMEOUT_S, Connection, ConnectionOptions
 from clients.errors import ClientError, from_rpc_error
-from clients.images import ImageLike, classify_request
+from clients.images import ImageLike, check_in_flight, classify_request
 from clients.lifetime import Lifetime
 from clients.results import (
     Classification,
@@ -77,7 +77,7 @@ class AsyncClient:
         request = classify_request(image, model, version, top_k)
         return classification(await self._call(self._classifier.Classify, request))
 
-    async def classify_many(
+    def classify_many(
         self,
         images: Iterable[ImageLike],
         *,
@@ -85,12 +85,21 @@ class AsyncClient:
         version: int = 0,
         top_k: int = 1,
         in_flight: int = 32,
-    ) -> AsyncIterator[Classification | ClientError]:
+    ) -> AsyncGenerator[Classification | ClientError]:
         """Classifies pictures and yields an answer for each, in their order.
 
         A picture that cannot be classified yields its error and stops nobody else. At most
         `in_flight` requests are under way, and so many pictures held, at a time.
+
+        Raises:
+            UsageError: `in_flight` is below 1.
         """
+        check_in_flight(in_flight)
+        return self._classify_many(images, model, version, top_k, in_flight)
+
+    async def _classify_many(
+        self, images: Iterable[ImageLike], model: str, version: int, top_k: int, in_flight: int
+    ) -> AsyncGenerator[Classification | ClientError]:
         self._lifetime.check()
         pending: deque[asyncio.Task[Classification | ClientError]] = deque()
 

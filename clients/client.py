@@ -1,7 +1,7 @@
 """The client for programs without an event loop."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ import grpc
 
 from clients.connection import DEFAULT_TIMEOUT_S, Connection, ConnectionOptions
 from clients.errors import ClientError, from_rpc_error
-from clients.images import ImageLike, classify_request
+from clients.images import ImageLike, check_in_flight, classify_request
 from clients.lifetime import Lifetime
 from clients.results import (
     Classification,
@@ -101,12 +101,21 @@ class Client:
         version: int = 0,
         top_k: int = 1,
         in_flight: int = 32,
-    ) -> Iterator[Classification | ClientError]:
+    ) -> Generator[Classification | ClientError]:
         """Classifies pictures and yields an answer for each, in their order.
 
         A picture that cannot be classified yields its error and stops nobody else. At most
         `in_flight` requests are under way, and so many pictures held, at a time.
+
+        Raises:
+            UsageError: `in_flight` is below 1.
         """
+        check_in_flight(in_flight)
+        return self._classify_many(images, model, version, top_k, in_flight)
+
+    def _classify_many(
+        self, images: Iterable[ImageLike], model: str, version: int, top_k: int, in_flight: int
+    ) -> Generator[Classification | ClientError]:
         pending: deque[grpc.Future | ClientError] = deque()
         try:
             for image in images:

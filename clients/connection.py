@@ -145,7 +145,7 @@ class ConnectionOptions:
 
 def default_address() -> str:
     """CONVOY_ADDRESS, or the port that a server takes by default."""
-    return os.environ.get("CONVOY_ADDRESS", DEFAULT_ADDRESS)
+    return os.environ.get("CONVOY_ADDRESS") or DEFAULT_ADDRESS
 
 
 @dataclass(frozen=True, slots=True)

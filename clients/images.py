@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clients.errors import ImageError
+from clients.errors import ImageError, UsageError
 from convoy.v1 import classifier_pb2 as pb
 
 # A file's path, a file's bytes, an opened picture, or RGB pixels [H, W, 3] of the model's size.
@@ -31,6 +31,16 @@ def classify_request(image: ImageLike, model: str, version: int, top_k: int) -> 
         case _:
             request.encoded = _read(Path(image))
     return request
+
+
+def check_in_flight(in_flight: int) -> None:
+    """Lets a window of at least one request pass.
+
+    Raises:
+        UsageError: It would never send anything.
+    """
+    if in_flight < 1:
+        raise UsageError(f"in_flight: expected at least 1, got {in_flight}")
 
 
 def _read(path: Path) -> bytes:

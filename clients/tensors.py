@@ -4,6 +4,7 @@ Requests carry raw contents, row-major and little-endian; replies may be raw or 
 contents each element of a BYTES tensor comes after its length in four bytes.
 """
 
+import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -66,12 +67,12 @@ def inference(reply: pb.ModelInferResponse) -> Inference:
     arrays = {}
     for number, tensor in enumerate(reply.outputs):
         flat = _from_raw(tensor, raw[number]) if raw else _from_typed(tensor)
-        try:
-            arrays[tensor.name] = flat.reshape(tensor.shape)
-        except ValueError:
+        # NumPy would take a negative length as "whatever fits".
+        if min(tensor.shape, default=0) < 0 or math.prod(tensor.shape) != flat.size:
             raise TensorError(
                 f"reply: {tensor.name!r}: expected {list(tensor.shape)}, got {flat.size} elements"
-            ) from None
+            )
+        arrays[tensor.name] = flat.reshape(tensor.shape)
     return Inference(reply.model_name, reply.model_version, arrays)
 
 
@@ -139,4 +140,7 @@ def _from_typed(tensor: pb.ModelInferResponse.InferOutputTensor) -> Array:
     field = "bytes_contents" if tensor.datatype == _BYTES else _DATATYPES[tensor.datatype][1]
     if not field:
         raise TensorError(f"reply: {tensor.name!r}: {tensor.datatype} comes in raw contents only")
-    return np.array(getattr(tensor.contents, field), dtype)
+    try:
+        return np.array(getattr(tensor.contents, field), dtype)
+    except OverflowError as error:
+        raise TensorError(f"reply: {tensor.name!r}: no {tensor.datatype}: {error}") from None

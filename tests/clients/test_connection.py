@@ -37,6 +37,7 @@ from clients import (
     UnsupportedError,
     UsageError,
 )
+from clients.connection import DEFAULT_ADDRESS, Connection
 from tests.clients.conftest import ANSWER, answer, refuse_first, scripted_server
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
@@ -357,6 +358,14 @@ def test_retries_have_limits():
         RetryPolicy(attempts=6)
     with pytest.raises(UsageError, match="initial_backoff_s"):
         RetryPolicy(initial_backoff_s=0.001)
+
+
+@pytest.mark.parametrize("address", [None, ""])
+def test_an_empty_address_means_the_usual_one(monkeypatch, address):
+    monkeypatch.setenv("CONVOY_ADDRESS", "")
+    assert Connection.to(address, 1, None).address == DEFAULT_ADDRESS
+    monkeypatch.setenv("CONVOY_ADDRESS", "127.0.0.1:7")
+    assert Connection.to(address, 1, None).address == "127.0.0.1:7"
 
 
 def test_the_environment_is_read_once_and_only_what_is_asked_for():

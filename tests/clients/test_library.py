@@ -21,6 +21,7 @@ from clients import (
     ModelNotFoundError,
     OverloadedError,
     UnavailableError,
+    UsageError,
 )
 from tests.processes import running_server
 
@@ -126,6 +127,17 @@ def test_many_images_in_order_without_an_event_loop(server, golden):
             assert isinstance(answer, ImageError)
         else:
             assert answer.best.index == golden["logits"][number % 16].argmax()
+
+
+def test_a_window_for_no_request_is_refused_at_once():
+    with Client("127.0.0.1:1") as client, pytest.raises(UsageError, match="at least 1, got 0"):
+        client.classify_many([], in_flight=0)
+
+
+async def test_a_window_for_no_request_is_refused_at_once_in_asyncio():
+    async with AsyncClient("127.0.0.1:1") as client:
+        with pytest.raises(UsageError, match="at least 1, got -1"):
+            client.classify_many([], in_flight=-1)
 
 
 async def test_both_clients_infer_and_look_at_the_server_alike(server, golden):

@@ -82,6 +82,12 @@ def reply(datatype="FP32", shape=(2,), raw=(b"\0" * 8,)):
     return message
 
 
+def typed(datatype, field, value):
+    message = reply(datatype, (1,), ())
+    getattr(message.outputs[0].contents, field).append(value)
+    return message
+
+
 @pytest.mark.parametrize(
     ("message", "words"),
     [
@@ -92,6 +98,10 @@ def reply(datatype="FP32", shape=(2,), raw=(b"\0" * 8,)):
         (reply("FP16", raw=()), "raw contents only"),
         (reply("BYTES", raw=(b"\x05\0\0\0ab",)), "are no BYTES"),
         (reply("BYTES", raw=(b"\x05\0",)), "are no BYTES"),
+        (reply(shape=(-1,)), r"expected \[-1\], got 2"),
+        (reply(shape=(-1, -2)), r"expected \[-1, -2\], got 2"),
+        (typed("UINT8", "uint_contents", 256), "no UINT8: .*256"),
+        (typed("INT8", "int_contents", -129), "no INT8: .*-129"),
     ],
 )
 def test_a_reply_that_makes_no_sense_is_an_error(message, words):
