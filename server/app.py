@@ -5,29 +5,28 @@ The one module that knows all others.
 
 import asyncio
 import contextlib
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
-import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2, inference_pb2_grpc
 from convoy.v1 import classifier_pb2, classifier_pb2_grpc
 from server.backends.devices import Device, choose_device, usable_cpus
 from server.batcher import BatchingLimits
-from server.catalogue import ModelCatalogue
-from server.errors import StartupError
+from server.catalogue import ModelCatalogue, ServerState
 from server.http import HttpServer
 from server.images import refuse_decompression_bombs
-from server.loading import LoadOptions, load_model
+from server.lifecycle import stop_signal
+from server.listener import GrpcListener
+from server.loading import LoadOptions, ModelLoader, ServedModel
 from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.protocols.calls import CallBoundary
 from server.protocols.classifier import ClassifierServicer
+from server.protocols.health import WHOLE_SERVER, HealthServicer
 from server.protocols.oip import InferenceServicer
 from server.repository import ModelRepository, ModelVersion
 from server.settings import ServerSettings
@@ -60,7 +59,7 @@ class App:
         self._settings = settings
         self._metrics = ServerMetrics(registry)
         self._catalogue = ModelCatalogue()
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         self._cleanup = contextlib.AsyncExitStack()
         self.port = 0
         self.http_port = 0
@@ -84,12 +83,14 @@ class App:
     async def _start(self) -> None:
         settings = self._settings
         device = choose_device(settings.device)
+        loader = ModelLoader(_load_options(settings, device), self._metrics)
         versions = ModelRepository(settings.repository).served_versions()
         # First in, last out: accepted requests are answered before the instances end.
         self._cleanup.push_async_callback(self._close_models)
         await self._listen(_max_message_bytes(settings, versions))
-        await self._load(versions, device)
-        await self._set_ready()
+        for version in versions:
+            self._serve_model(await asyncio.to_thread(loader.load, version))
+        self._set_ready()
         logger.info(
             "serving",
             grpc=f"{settings.host}:{self.port}",
@@ -100,30 +101,8 @@ class App:
 
     async def _listen(self, max_message_bytes: int) -> None:
         settings = self._settings
-        decoders = self._cleanup.enter_context(
-            ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
-        )
-        boundary = CallBoundary(self._metrics)
-        server = grpc.aio.server(
-            options=[
-                # Two servers must not share a port by accident.
-                ("grpc.so_reuseport", 0),
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", max_message_bytes),
-            ]
-        )
-        classifier_pb2_grpc.add_ClassifierServiceServicer_to_server(
-            ClassifierServicer(self._catalogue, boundary, decoders, settings.max_image_pixels),
-            server,
-        )
-        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(
-            InferenceServicer(self._catalogue, boundary), server
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        names = (*_SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
-        self.port = _bind(server, settings.host, settings.port)
-        await self._health.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
+        listener = GrpcListener(settings.host, settings.port, max_message_bytes)
+        self.port = listener.port
         http = HttpServer(
             settings.host,
             settings.http_port,
@@ -133,33 +112,42 @@ class App:
         self._cleanup.callback(http.stop)
         self.http_port = http.port
         http.start()
-        await server.start()
-        self._cleanup.push_async_callback(self._drain, server)
+        self._add_services(listener)
+        await listener.start((*_SERVICES, health.SERVICE_NAME))
+        self._cleanup.push_async_callback(listener.drain, settings.drain_timeout_s)
+        self._cleanup.callback(self._health.close)
 
-    async def _load(self, versions: list[ModelVersion], device: Device) -> None:
-        options = _load_options(self._settings, device)
-        for version in versions:
-            model = await asyncio.to_thread(load_model, version, options, self._metrics.batches_of)
-            model.batcher.start()
-            self._catalogue.add(model)
-            self._metrics.model_serves(model.manifest, model.backend)
+    def _add_services(self, listener: GrpcListener) -> None:
+        settings = self._settings
+        boundary = CallBoundary(self._metrics)
+        decoders = self._cleanup.enter_context(
+            ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
+        )
+        classifier = ClassifierServicer(
+            self._catalogue, boundary, decoders, settings.max_image_pixels
+        )
+        inference = InferenceServicer(self._catalogue, boundary)
+        classifier_pb2_grpc.add_ClassifierServiceServicer_to_server(classifier, listener.server)
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, listener.server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
 
-    async def _set_ready(self) -> None:
-        self._catalogue.ready = True
-        names = ("", *_SERVICES, *(model.name for model in self._catalogue))
-        for name in names:
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+    def _serve_model(self, model: ServedModel) -> None:
+        model.batcher.start()
+        self._catalogue.add(model)
+        self._metrics.models.serves(model.name, model.version, model.runs_on)
+
+    def _set_ready(self) -> None:
+        self._catalogue.state = ServerState.SERVING
+        for name in (WHOLE_SERVER, *_SERVICES, *(model.name for model in self._catalogue)):
+            self._health.set(name, serving=True)
         # Registered last, so it runs first: load balancers hear of the end before requests do.
-        self._cleanup.push_async_callback(self._set_draining)
+        self._cleanup.callback(self._set_draining)
 
-    async def _set_draining(self) -> None:
-        self._catalogue.ready = False
+    def _set_draining(self) -> None:
+        self._catalogue.state = ServerState.DRAINING
+        self._health.drain()
         for model in self._catalogue:
             model.batcher.stop_delaying()
-        await self._health.enter_graceful_shutdown()
-
-    async def _drain(self, server: grpc.aio.Server) -> None:
-        await server.stop(self._settings.drain_timeout_s)
 
     async def _close_models(self) -> None:
         for model in self._catalogue:
@@ -169,29 +157,14 @@ class App:
 async def serve(settings: ServerSettings, registry: CollectorRegistry) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once."""
     refuse_decompression_bombs()
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def stop(number: signal.Signals) -> None:
-        # The default action is back for the second one.
-        loop.remove_signal_handler(number)
-        stopped.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop, number)
-    async with App(settings, registry):
-        await stopped.wait()
-        logger.info("draining")
-    logger.info("stopped")
-
-
-def _bind(server: grpc.aio.Server, host: str, port: int) -> int:
+    stopped = asyncio.create_task(stop_signal())
     try:
-        return int(server.add_insecure_port(f"{host}:{port}"))
-    except RuntimeError as error:
-        raise StartupError(
-            f"--port: cannot listen on {host}:{port}: the port is in use or not permitted"
-        ) from error
+        async with App(settings, registry):
+            await stopped
+            logger.info("draining")
+        logger.info("stopped")
+    finally:
+        stopped.cancel()
 
 
 def _max_message_bytes(settings: ServerSettings, versions: list[ModelVersion]) -> int:

@@ -1,21 +1,37 @@
 """The models in service, found by name and version."""
 
 from collections.abc import Iterator
+from enum import Enum
 
 from server.errors import ModelNotFoundError, UnavailableError
 from server.loading import ServedModel
+
+
+class ServerState(Enum):
+    """Where the server is in its life."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    # Answers on, but asks to be sent nothing more.
+    LAME_DUCK = "lame duck"
+    DRAINING = "draining"
 
 
 class ModelCatalogue:
     """Maps names to the version in service.
 
     Attributes:
-        ready: True while every model is loaded and the server is not draining.
+        state: Requests are answered while it is SERVING or LAME_DUCK.
     """
 
     def __init__(self) -> None:
         self._models: dict[str, ServedModel] = {}
-        self.ready = False
+        self.state = ServerState.STARTING
+
+    @property
+    def ready(self) -> bool:
+        """True while every model is loaded and the server is not about to stop."""
+        return self.state is ServerState.SERVING
 
     def add(self, model: ServedModel) -> None:
         """Puts a version into service in the place of any older one."""
@@ -35,7 +51,7 @@ class ModelCatalogue:
             UnavailableError: The server starts or drains.
             ModelNotFoundError: There is no such model or version.
         """
-        if not self.ready:
+        if self.state not in (ServerState.SERVING, ServerState.LAME_DUCK):
             raise UnavailableError("the server is starting or draining")
         if not name and len(self._models) == 1:
             name = next(iter(self._models))

@@ -1,7 +1,6 @@
 """Brings a version of the repository into service: verify, load, warm up, check its answers."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +10,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from server.backends import Backend, load_backend
 from server.backends.devices import Device
-from server.batcher import BatchingLimits, BatchObserver, DynamicBatcher
+from server.batch_metrics import BatchFamilies
+from server.batcher import BatchingLimits, DynamicBatcher
 from server.errors import VerificationError
 from server.manifest import ArtefactFormat, Manifest
+from server.metrics import RequestMetrics, RunsOn, ServerMetrics
 from server.repository import ModelVersion
 from server.signing import verify_signature
 
@@ -46,12 +47,14 @@ class ServedModel:
         format: The artefact in use.
         backend: What runs it.
         batcher: Where its requests go.
+        requests: Counts them.
     """
 
     manifest: Manifest
     format: ArtefactFormat
     backend: Backend
     batcher: DynamicBatcher
+    requests: RequestMetrics
 
     @property
     def name(self) -> str:
@@ -63,42 +66,63 @@ class ServedModel:
         """The version's number."""
         return self.manifest.version
 
+    @property
+    def runs_on(self) -> RunsOn:
+        """What really runs it."""
+        precision = self.manifest.artefact(self.format).precision
+        backend = self.backend
+        return RunsOn(backend.platform, backend.device, backend.provider, precision)
 
-def load_model(
-    version: ModelVersion, options: LoadOptions, observe: Callable[[Manifest], BatchObserver]
-) -> ServedModel:
-    """Loads a version; its batcher still has to be started on the event loop.
+
+class ModelLoader:
+    """Loads versions, each with a batcher that still has to be started on the event loop.
 
     Args:
-        version: Where it lies.
-        options: How to load it.
-        observe: Makes the observer that its batcher reports to.
-
-    Raises:
-        RepositoryError: The signature is missing or wrong, a file differs from the manifest or
-            cannot be loaded, or its answers differ.
-        DeviceError: The device cannot be used.
+        options: How to load them.
+        metrics: Where they report to.
     """
-    started_s = time.monotonic()
-    manifest = version.manifest
-    if options.public_key:
-        verify_signature(version.folder, options.public_key)
-    artefact = manifest.artefact(options.format)
-    samples = version.verified_file(manifest.samples)
-    path = version.verified_file(artefact.file)
-    backend = load_backend(options.format, path, options.device, options.threads)
-    _warm_up(backend, manifest, options.limits.max_batch_size)
-    _check_golden_samples(backend, manifest, samples, artefact.tolerance)
-    batcher = DynamicBatcher(backend.run, manifest.sample_shape, options.limits, observe(manifest))
-    logger.info(
-        "model loaded",
-        model=manifest.name,
-        version=manifest.version,
-        device=backend.device,
-        provider=backend.provider,
-        load_s=round(time.monotonic() - started_s, 3),
-    )
-    return ServedModel(manifest, options.format, backend, batcher)
+
+    def __init__(self, options: LoadOptions, metrics: ServerMetrics) -> None:
+        self._options = options
+        self._metrics = metrics
+        self._batches = BatchFamilies(metrics.families)
+
+    def load(self, version: ModelVersion) -> ServedModel:
+        """Loads a version.
+
+        Raises:
+            RepositoryError: The signature is missing or wrong, a file differs from the manifest or
+                cannot be loaded, or its answers differ.
+            DeviceError: The device cannot be used.
+        """
+        options = self._options
+        started_s = time.monotonic()
+        manifest = version.manifest
+        if options.public_key:
+            verify_signature(version.folder, options.public_key)
+        artefact = manifest.artefact(options.format)
+        samples = version.verified_file(manifest.samples)
+        path = version.verified_file(artefact.file)
+        backend = load_backend(options.format, path, options.device, options.threads)
+        warming_s = time.monotonic()
+        _warm_up(backend, manifest, options.limits.max_batch_size)
+        warmup_s = time.monotonic() - warming_s
+        _check_golden_samples(backend, manifest, samples, artefact.tolerance)
+        batcher = DynamicBatcher(
+            backend.run, manifest.sample_shape, options.limits, self._batches.observer(manifest)
+        )
+        load_s = time.monotonic() - started_s
+        self._metrics.models.loaded(manifest.name, manifest.version, load_s, warmup_s)
+        logger.info(
+            "model loaded",
+            model=manifest.name,
+            version=manifest.version,
+            device=backend.device,
+            provider=backend.provider,
+            load_s=round(load_s, 3),
+        )
+        requests = self._metrics.requests_of(manifest.name, manifest.version)
+        return ServedModel(manifest, options.format, backend, batcher, requests)
 
 
 def _warm_up(backend: Backend, manifest: Manifest, max_batch_size: int) -> None:

@@ -39,6 +39,13 @@ _FORMATS = {
     pb.ARTEFACT_FORMAT_ONNX: ArtefactFormat.ONNX,
     pb.ARTEFACT_FORMAT_TORCHSCRIPT: ArtefactFormat.TORCHSCRIPT,
 }
+_PRECISIONS = {
+    pb.PRECISION_UNSPECIFIED: "fp32",
+    pb.PRECISION_FP32: "fp32",
+    pb.PRECISION_FP16: "fp16",
+    pb.PRECISION_BF16: "bf16",
+    pb.PRECISION_INT8: "int8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +82,13 @@ class Artefact:
 
     Attributes:
         tolerance: What any logit may differ from the golden samples' by.
+        precision: Of its weights and arithmetic: "fp32", "fp16", "bf16" or "int8".
     """
 
     format: ArtefactFormat
     file: FileRecord
     tolerance: float
+    precision: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +188,9 @@ def _convert(message: pb.ModelManifest) -> Manifest:
         labels=tuple(message.labels),
         preprocessing=_preprocessing(message.preprocessing),
         artefacts=tuple(
-            Artefact(_FORMATS[a.format], _file(a.file), a.parity.tolerance)
+            Artefact(
+                _FORMATS[a.format], _file(a.file), a.parity.tolerance, _PRECISIONS[a.precision]
+            )
             for a in message.artefacts
             if a.format in _FORMATS
         ),

@@ -20,7 +20,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.loading import ServedModel
-from server.metrics import NO_MODEL, ServerMetrics
+from server.metrics import Outcome, RequestMetrics, ServerMetrics
 
 logger = structlog.get_logger()
 
@@ -32,6 +32,18 @@ STATUS_OF: dict[type[RequestError], grpc.StatusCode] = {
     UnavailableError: grpc.StatusCode.UNAVAILABLE,
     InferenceError: grpc.StatusCode.INTERNAL,
 }
+# Other RPCs are timed but have no outcome.
+INFERENCE_METHODS = frozenset({"Classify", "ModelInfer"})
+_OUTCOME_OF = {
+    grpc.StatusCode.OK: Outcome.OK,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: Outcome.FULL,
+    grpc.StatusCode.DEADLINE_EXCEEDED: Outcome.DEADLINE,
+    grpc.StatusCode.CANCELLED: Outcome.CANCELLED,
+    grpc.StatusCode.INVALID_ARGUMENT: Outcome.INVALID,
+    grpc.StatusCode.NOT_FOUND: Outcome.INVALID,
+    grpc.StatusCode.UNAVAILABLE: Outcome.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL: Outcome.BACKEND,
+}
 
 
 class Call:
@@ -39,21 +51,17 @@ class Call:
 
     Attributes:
         deadline_s: On the batcher's clock; infinity without one.
+        requests: Counts it.
     """
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, requests: RequestMetrics) -> None:
         self.deadline_s = deadline_s
-        self._model: ServedModel | None = None
+        self.requests = requests
 
     def uses(self, model: ServedModel) -> ServedModel:
         """Names the model that the metrics count this call for, and returns it."""
-        self._model = model
+        self.requests = model.requests
         return model
-
-    @property
-    def model_labels(self) -> tuple[str, str]:
-        """(name, version) of the model, or NO_MODEL."""
-        return (self._model.name, str(self._model.version)) if self._model else NO_MODEL
 
 
 class CallBoundary:
@@ -76,7 +84,8 @@ class CallBoundary:
         """Times the body and ends the RPC with the status that fits what it raises."""
         started_s = self._clock()
         remaining_s = context.time_remaining()
-        call = Call(float("inf") if remaining_s is None else started_s + remaining_s)
+        deadline_s = float("inf") if remaining_s is None else started_s + remaining_s
+        call = Call(deadline_s, self._metrics.unknown_model)
         code = grpc.StatusCode.OK
         try:
             yield call
@@ -89,8 +98,10 @@ class CallBoundary:
             code, message = _status(error)
             await context.abort(code, message)
         finally:
-            duration_s = self._clock() - started_s
-            self._metrics.request(method, code.name, call.model_labels, duration_s)
+            ended_s = self._clock()
+            call.requests.finished(method, code.name, ended_s - started_s)
+            if method in INFERENCE_METHODS:
+                call.requests.outcome(_OUTCOME_OF[code], call.deadline_s - ended_s)
 
 
 def _status(error: Exception) -> tuple[grpc.StatusCode, str]:

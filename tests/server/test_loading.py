@@ -8,7 +8,7 @@ from server.backends.devices import Device, choose_device, count_cuda_devices, u
 from server.backends.onnx import OnnxBackend
 from server.batcher import BatchingLimits
 from server.errors import DeviceError, RepositoryError, VerificationError
-from server.loading import LoadOptions, ServedModel, load_model
+from server.loading import LoadOptions, ModelLoader, ServedModel
 from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.repository import ModelRepository
@@ -17,13 +17,11 @@ from tests.server.conftest import mean_colour_logits, seal
 
 @pytest.fixture
 def load(tmp_path):
-    metrics = ServerMetrics(CollectorRegistry())
-
     def load_newest(device: str = "cpu") -> ServedModel:
         limits = BatchingLimits(max_batch_size=6, max_queue_size=16)
         options = LoadOptions(ArtefactFormat.ONNX, choose_device(device), 1, limits)
         (version,) = ModelRepository(tmp_path / "models").served_versions()
-        return load_model(version, options, metrics.batches_of)
+        return ModelLoader(options, ServerMetrics(CollectorRegistry())).load(version)
 
     return load_newest
 

@@ -96,7 +96,13 @@ def test_metrics_tell_what_was_done(models):
     assert value("convoy_request_duration_seconds_count", **refused) == 1
     assert "made-up" not in text
     device = {"platform": "onnx_onnxv1", "device": "cpu", "provider": "CPUExecutionProvider"}
-    assert value("convoy_model_info", **model, **device) == 1
+    assert value("convoy_model_info", **model, **device, precision="fp32") == 1
+    assert value("convoy_model_load_seconds", **model) > value(
+        "convoy_model_warmup_seconds", **model
+    )
+    assert value("convoy_outcomes_total", **model, reason="ok") == 5
+    assert value("convoy_outcomes_total", model="", version="", reason="invalid") == 1
+    assert value("convoy_in_slo_requests_total", **model) == 5
     bounds = {
         float(dict(labels)["le"])
         for name, labels in samples
