@@ -38,10 +38,12 @@ fmt: .venv/.installed  ## format the code and mend what ruff can mend
 proto: .venv/.installed  ## regenerate the stubs in proto/gen
 	$(BIN)/python proto/generate.py
 
-lock: .venv/.installed  ## resolve requirements.lock anew
-	UV_NO_CONFIG=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-annotate --no-header --extra all --group dev \
-	  pyproject.toml --output-file requirements.lock
+COMPILE := UV_NO_CONFIG=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml
+
+lock: .venv/.installed  ## resolve the hashed locks anew
+	$(COMPILE) --extra all --group dev --output-file requirements.lock
+	$(COMPILE) --extra cpu --constraint requirements.lock --output-file requirements-cpu.lock
 
 clean:  ## remove the environment and what the tools left
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache runs models build dist
