@@ -266,7 +266,7 @@ def verify(
         check_origin(found, source)
         spec = data or source.data.spec
         proof_data = load_samples(spec, source.data.classes, source.data.preprocessing)
-        expected = expect(source, proof_data.real)
+        expected = expect(source, proof_data)
     else:
         expected = golden_expectation(found)
     title = f"{found.manifest.name} version {found.manifest.version}, proved again"
@@ -275,7 +275,7 @@ def verify(
 
 @app.command()
 def diff(before: VersionFolder, after: VersionFolder, *, data: Data = None) -> None:
-    """Compares two versions: accuracy, agreement, speed, size, and the samples that changed."""
+    """Compares two versions: accuracy, agreement, speed, size, and the images that changed."""
     from export.comparison import compare
     from export.manifest import preprocessing_of
     from export.samples import load_samples
@@ -285,8 +285,8 @@ def diff(before: VersionFolder, after: VersionFolder, *, data: Data = None) -> N
     old, new = read_version(before), read_version(after)
     manifest = new.manifest
     spec = data or manifest.provenance.data
-    real = load_samples(spec, manifest.labels, preprocessing_of(manifest)).real
-    Console().print(comparison_table(old.manifest, compare(old, new, real)))
+    samples = load_samples(spec, manifest.labels, preprocessing_of(manifest))
+    Console().print(comparison_table(old.manifest, compare(old, new, samples.validation)))
 
 
 @app.command()

@@ -47,7 +47,7 @@ class Comparison:
         return 1 - len(self.changes) / self.samples
 
 
-def compare(before: Version, after: Version, real: ImageSet) -> Comparison:
+def compare(before: Version, after: Version, images: ImageSet) -> Comparison:
     """Runs both versions on the same samples.
 
     Raises:
@@ -58,20 +58,20 @@ def compare(before: Version, after: Version, real: ImageSet) -> Comparison:
     shared = [variant for variant in after.artefacts() if variant in before.artefacts()]
     if not shared:
         raise InputError("versions: expected an artefact of one kind in both, found none")
-    old, new = (_predict(version, shared[0], real) for version in (before, after))
+    old, new = (_predict(version, shared[0], images) for version in (before, after))
     artefacts = [version.artefacts()[shared[0]] for version in (before, after)]
     first, second = (artefact.file.size_bytes for artefact in artefacts)
     return Comparison(
         variant=shared[0],
-        samples=len(real),
-        accuracy=(float((old == real.labels).mean()), float((new == real.labels).mean())),
+        samples=len(images),
+        accuracy=(float((old == images.labels).mean()), float((new == images.labels).mean())),
         size_bytes=(first, second),
         single_image_s=(
             next((latency.median_s for latency in artefacts[0].latencies), 0.0),
             next((latency.median_s for latency in artefacts[1].latencies), 0.0),
         ),
         changes=tuple(
-            Change(int(row), labels[real.labels[row]], labels[old[row]], labels[new[row]])
+            Change(int(row), labels[images.labels[row]], labels[old[row]], labels[new[row]])
             for row in np.flatnonzero(old != new)
         ),
     )
@@ -84,8 +84,8 @@ def _check_comparable(before: Version, after: Version) -> None:
             raise InputError(f"versions: expected the same {field} in both, found a difference")
 
 
-def _predict(version: Version, variant: Variant, real: ImageSet) -> np.ndarray:
+def _predict(version: Version, variant: Variant, images: ImageSet) -> np.ndarray:
     run = version.load(variant)
-    starts = range(0, len(real), _BATCH)
-    found = [run(real.images[start : start + _BATCH]).logits.argmax(axis=1) for start in starts]
+    starts = range(0, len(images), _BATCH)
+    found = [run(images.images[start : start + _BATCH]).logits.argmax(axis=1) for start in starts]
     return np.concatenate(found)

@@ -12,9 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from export.servable import Images, Run
 
-LATENCY_BATCH_SIZES = (1, 8, 32)
+LATENCY_BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""The buckets that a server batches by."""
+
+_LONGEST_CALL_S = 0.5
+"""Above this the time grows with the batch, and larger ones need not be waited for."""
+
 _ROUNDS = 5
-_WARM_UP_CALLS = 3
+_WARM_UP_CALLS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +44,17 @@ def measure_latencies(
     clock: Callable[[], float] = time.perf_counter,
     batch_sizes: Sequence[int] = LATENCY_BATCH_SIZES,
 ) -> tuple[BatchLatency, ...]:
-    """Times an artefact on copies of one image `[H, W, 3]`, after warm-up calls at each size."""
-    return tuple(
-        BatchLatency(size, _median_s(run, np.repeat(image[None], size, axis=0), clock))
-        for size in batch_sizes
-    )
+    """Times an artefact on copies of one image `[H, W, 3]`, after warm-up calls at each size.
+
+    The last size measured is the first whose calls take more than half a second.
+    """
+    measured: list[BatchLatency] = []
+    for size in batch_sizes:
+        latency_s = _median_s(run, np.repeat(image[None], size, axis=0), clock)
+        measured.append(BatchLatency(size, latency_s))
+        if latency_s > _LONGEST_CALL_S:
+            break
+    return tuple(measured)
 
 
 def _median_s(run: Run, batch: Images, clock: Callable[[], float]) -> float:

@@ -1,7 +1,6 @@
 """manifest.json: what a version says about itself (proto/convoy/v1/model_manifest.proto)."""
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ from export.cost import BatchLatency, count_multiply_adds
 from export.formats import WIRE_FORMATS, WIRE_PRECISIONS, Variant
 from export.proof import Parity
 from export.servable import INPUT_NAME, Outputs
-from export.source import ModelSource
+from export.source import ModelSource, producer
 from training.data.images import Interpolation, Preprocessing
 
 MANIFEST_NAME = "manifest.json"
 SAMPLES_NAME = "samples.npz"
+REPORT_NAME = "report.png"
 SCHEMA_VERSION = 1
 _INTERPOLATIONS: dict[Interpolation, pb.Interpolation.ValueType] = {
     "bilinear": pb.INTERPOLATION_BILINEAR,
@@ -40,8 +40,10 @@ class ProvedArtefact:
 def build(
     source: ModelSource,
     artefacts: Sequence[ProvedArtefact],
+    *,
     samples: Path,
     samples_count: int,
+    report: Path,
     created_at: datetime,
 ) -> pb.ModelManifest:
     """Describes a version whose name and number are not yet decided; the files must be complete."""
@@ -50,7 +52,7 @@ def build(
     return pb.ModelManifest(
         schema_version=SCHEMA_VERSION,
         created_at=created_at.astimezone(UTC).isoformat(timespec="seconds"),
-        producer=_producer(),
+        producer=producer(),
         input=pb.TensorSpec(
             name=INPUT_NAME, datatype="UINT8", shape=[-1, size.height_px, size.width_px, 3]
         ),
@@ -69,6 +71,7 @@ def build(
         temperature=source.temperature,
         artefacts=[_artefact(artefact) for artefact in artefacts],
         samples=pb.GoldenSamples(file=_file(samples), count=samples_count),
+        report=_file(report),
         provenance=pb.Provenance(
             checkpoint_sha256=source.checkpoint_sha256,
             architecture=source.architecture,
@@ -96,11 +99,6 @@ def to_json(manifest: pb.ModelManifest) -> bytes:
     return text.encode() + b"\n"
 
 
-def _producer() -> str:
-    names = ("convoy-serving", "torch", "onnx")
-    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
 def _artefact(artefact: ProvedArtefact) -> pb.Artefact:
     parity = artefact.parity
     return pb.Artefact(
@@ -109,8 +107,10 @@ def _artefact(artefact: ProvedArtefact) -> pb.Artefact:
         file=_file(artefact.path),
         parity=pb.Parity(
             samples=parity.samples,
+            validation_samples=parity.validation_samples,
             batch_sizes=parity.batch_sizes,
             max_logit_difference=parity.max_logit_difference,
+            logit_difference_p999=parity.logit_difference_p999,
             tolerance=parity.tolerance,
             argmax_agreement=parity.argmax_agreement,
             reference_accuracy=parity.reference_accuracy,

@@ -16,6 +16,7 @@ from export import (
     manifest,
     onnx_format,
     onnx_import,
+    report,
     signing,
     torchscript,
 )
@@ -83,13 +84,22 @@ def export(
         ParityError: An artefact failed its gate.
         PublishError: The repository cannot be written to.
     """
-    expected = expect(source, proof_data.real)
+    expected = expect(source, proof_data)
     with target.stage() as staged:
         workbench = _Workbench(source, target.name, staged, expected, proof_data.calibration.images)
         artefacts = [workbench.make(variant, options) for variant in options.variants]
         samples = staged / manifest.SAMPLES_NAME
         count = golden.write(samples, expected)
-        described = manifest.build(source, artefacts, samples, count, datetime.now(UTC))
+        page = staged / manifest.REPORT_NAME
+        report.write(page, target.name, source, expected, artefacts)
+        described = manifest.build(
+            source,
+            artefacts,
+            samples=samples,
+            samples_count=count,
+            report=page,
+            created_at=datetime.now(UTC),
+        )
         described.name = target.name
 
         def seal(folder: Path, version: int) -> None:

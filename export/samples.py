@@ -22,12 +22,20 @@ class Samples:
     """Real images of a model's own data.
 
     Attributes:
-        real: Validation images for the proof, with training images where those are too few.
+        real: Images for the proof: validation images and, where those are too few, training images
+            behind them.
+        validation_count: How many of real are validation images.
         calibration: Training images that are not in real.
     """
 
     real: ImageSet
+    validation_count: int
     calibration: ImageSet
+
+    @property
+    def validation(self) -> ImageSet:
+        """The images that say something about accuracy."""
+        return self.real.take(np.arange(self.validation_count))
 
 
 def load_samples(spec: str, classes: Sequence[str], preprocessing: Preprocessing) -> Samples:
@@ -50,12 +58,13 @@ def load_samples(spec: str, classes: Sequence[str], preprocessing: Preprocessing
             f"data {spec!r}: expected the model's {len(classes)} classes, "
             f"found {len(dataset.classes)}, of other names or in another order"
         )
-    real = dataset.valid.take(_spread(len(dataset.valid), MAX_REAL_SAMPLES))
+    validation = dataset.valid.take(_spread(len(dataset.valid), MAX_REAL_SAMPLES))
     training_rows = np.arange(len(dataset.train))
-    more = _spread(len(training_rows), max(0, MIN_REAL_SAMPLES - len(real)))
+    more = _spread(len(training_rows), max(0, MIN_REAL_SAMPLES - len(validation)))
     rest = np.delete(training_rows, more)
     return Samples(
-        real=_join(real, dataset.train.take(more)),
+        real=_join(validation, dataset.train.take(more)),
+        validation_count=len(validation),
         calibration=dataset.train.take(rest[_spread(len(rest), CALIBRATION_SAMPLES)]),
     )
 

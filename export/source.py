@@ -1,6 +1,7 @@
 """What is exported: a net in eval mode with everything its graph and manifest have to say."""
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +54,14 @@ class ModelSource:
             "architecture": self.architecture,
             "checkpoint_sha256": self.checkpoint_sha256,
             "accuracy": json.dumps(dict(self.accuracy)),
+            "producer": producer(),
         }
+
+
+def producer() -> str:
+    """Returns what exports, with the versions of what it exports by."""
+    names = ("convoy-serving", "torch", "onnx")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
 def from_checkpoint(path: Path) -> ModelSource:

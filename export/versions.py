@@ -51,7 +51,10 @@ def read_version(path: Path) -> Version:
             f"version {path}: schema_version: expected {SCHEMA_VERSION}, "
             f"got {manifest.schema_version}"
         )
-    for record in (*(artefact.file for artefact in manifest.artefacts), manifest.samples.file):
+    records = [*(artefact.file for artefact in manifest.artefacts), manifest.samples.file]
+    if manifest.HasField("report"):
+        records.append(manifest.report)
+    for record in records:
         _check_file(path, record)
     return Version(path, manifest)
 
@@ -63,7 +66,7 @@ def golden_expectation(version: Version) -> Expectation:
     scaled = torch.from_numpy(logits) / version.manifest.temperature
     outputs = Outputs(logits, torch.softmax(scaled, dim=1).numpy())
     names = tuple(f"golden sample {index}" for index in range(len(images)))
-    return Expectation(images, names, labels, outputs)
+    return Expectation(images, names, labels, outputs, len(labels))
 
 
 def check_origin(version: Version, source: ModelSource) -> None:

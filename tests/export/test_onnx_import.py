@@ -57,6 +57,7 @@ def test_a_foreign_file_is_published_behind_our_input_and_outputs(
     assert {path.name for path in version.iterdir()} == {
         "manifest.json",
         "model.onnx",
+        "report.png",
         "samples.npz",
     }
     images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)

@@ -1,6 +1,7 @@
 """What a published version holds, read with other libraries than those that wrote it."""
 
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
@@ -52,6 +53,7 @@ def test_a_version_holds_exactly_the_files_asked_for(published: Published) -> No
         "model.onnx",
         "model.pt2",
         "model.torchscript",
+        "report.png",
         "samples.npz",
     }
     assert not [entry for entry in published.path.parent.iterdir() if entry.name != "1"]
@@ -60,8 +62,9 @@ def test_a_version_holds_exactly_the_files_asked_for(published: Published) -> No
 def test_every_file_has_the_size_and_digest_that_the_manifest_states(
     published: Published, manifest: pb.ModelManifest
 ) -> None:
-    records = [artefact.file for artefact in manifest.artefacts] + [manifest.samples.file]
-    assert len(records) == 4
+    records = [artefact.file for artefact in manifest.artefacts]
+    records += [manifest.samples.file, manifest.report]
+    assert len(records) == 5
     for record in records:
         content = (published.path / record.name).read_bytes()
         assert len(content) == record.size_bytes
@@ -89,7 +92,7 @@ def test_manifest_records_cost_and_accuracy(manifest: pb.ModelManifest) -> None:
     assert manifest.provenance.multiply_adds == first + blocks + head
     for artefact in manifest.artefacts:
         assert artefact.precision == pb.PRECISION_FP32
-        assert [latency.batch_size for latency in artefact.latencies] == [1, 8, 32]
+        assert [latency.batch_size for latency in artefact.latencies] == [1, 2, 4, 8, 16, 32, 64]
         assert all(0 < latency.median_s < 5 for latency in artefact.latencies)
         assert artefact.parity.accuracy == artefact.parity.reference_accuracy > 0
 
@@ -138,6 +141,8 @@ def test_onnx_metadata_describes_the_model(published: Published) -> None:
     assert json.loads(metadata["labels"]) == list("0123456789")
     assert json.loads(metadata["accuracy"]) == {"valid": 0.25}
     assert len(metadata["checkpoint_sha256"]) == 64
+    assert metadata["input_layout"] == "uint8 [N, 32, 32, 3], RGB"
+    assert f"torch {importlib.metadata.version('torch')}" in metadata["producer"]
 
 
 def test_onnx_refuses_another_size_and_type(published: Published) -> None:

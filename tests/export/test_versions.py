@@ -24,7 +24,6 @@ from export.source import ModelSource
 from export.versions import golden_expectation, read_version, verify
 from tests.export.conftest import perturb_batch_norms
 from training import nets
-from training.data import ImageSet
 
 
 @pytest.fixture
@@ -66,7 +65,9 @@ def test_verify_accepts_what_was_published(version: Path) -> None:
     assert all(parity.max_logit_difference < 1e-4 for parity in parities.values())
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.torchscript", "model.pt2", "samples.npz"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.torchscript", "model.pt2", "samples.npz", "report.png"]
+)
 def test_one_changed_byte_is_noticed(version: Path, name: str) -> None:
     content = bytearray((version / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -142,10 +143,10 @@ def test_verify_refuses_another_checkpoint(
 
 
 def test_a_version_compared_with_itself_has_not_changed(
-    published: Published, real: ImageSet
+    published: Published, samples: Samples
 ) -> None:
     version = read_version(published.path)
-    comparison = compare(version, version, real)
+    comparison = compare(version, version, samples.validation)
     assert comparison.changes == ()
     assert comparison.agreement == 1
     assert comparison.size_bytes[0] == (published.path / "model.onnx").stat().st_size
@@ -154,10 +155,11 @@ def test_a_version_compared_with_itself_has_not_changed(
 def test_diff_counts_and_names_the_changed_samples(
     published: Published,
     other: Published,
-    real: ImageSet,
+    samples: Samples,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    real = samples.validation
     before, after = read_version(published.path), read_version(other.path)
     shared = Variant(ArtefactFormat.TORCHSCRIPT)
     old, new = (found.load(shared)(real.images).logits.argmax(1) for found in (before, after))

@@ -101,6 +101,7 @@ class ModelManifest(google.protobuf.message.Message):
     ARTEFACTS_FIELD_NUMBER: builtins.int
     SAMPLES_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
+    REPORT_FIELD_NUMBER: builtins.int
     schema_version: builtins.int
     """1. Raised when a reader of the older form would misread the newer one."""
     name: builtins.str
@@ -131,6 +132,10 @@ class ModelManifest(google.protobuf.message.Message):
     def samples(self) -> Global___GoldenSamples: ...
     @property
     def provenance(self) -> Global___Provenance: ...
+    @property
+    def report(self) -> Global___File:
+        """A page for people, PNG: parity, accuracy by class and latency of each artefact."""
+
     def __init__(
         self,
         *,
@@ -148,9 +153,11 @@ class ModelManifest(google.protobuf.message.Message):
         artefacts: collections.abc.Iterable[Global___Artefact] | None = ...,
         samples: Global___GoldenSamples | None = ...,
         provenance: Global___Provenance | None = ...,
+        report: Global___File | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["input", b"input", "normalization", b"normalization", "preprocessing", b"preprocessing", "provenance", b"provenance", "samples", b"samples"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["artefacts", b"artefacts", "created_at", b"created_at", "input", b"input", "labels", b"labels", "name", b"name", "normalization", b"normalization", "outputs", b"outputs", "preprocessing", b"preprocessing", "producer", b"producer", "provenance", b"provenance", "samples", b"samples", "schema_version", b"schema_version", "temperature", b"temperature", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_report", b"_report", "input", b"input", "normalization", b"normalization", "preprocessing", b"preprocessing", "provenance", b"provenance", "report", b"report", "samples", b"samples"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_report", b"_report", "artefacts", b"artefacts", "created_at", b"created_at", "input", b"input", "labels", b"labels", "name", b"name", "normalization", b"normalization", "outputs", b"outputs", "preprocessing", b"preprocessing", "producer", b"producer", "provenance", b"provenance", "report", b"report", "samples", b"samples", "schema_version", b"schema_version", "temperature", b"temperature", "version", b"version"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_report", b"_report"]) -> typing.Literal["report"] | None: ...
 
 Global___ModelManifest: typing_extensions.TypeAlias = ModelManifest
 
@@ -272,7 +279,9 @@ Global___Artefact: typing_extensions.TypeAlias = Artefact
 
 @typing.final
 class BatchLatency(google.protobuf.message.Message):
-    """Time of one call with tensors in memory, on one thread of the exporter's CPU."""
+    """Time of one call with tensors in memory, on one thread of the exporter's CPU. Batch sizes are powers
+    of two; measuring ends with the first that takes more than half a second.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -328,18 +337,26 @@ class Parity(google.protobuf.message.Message):
     ARGMAX_AGREEMENT_FIELD_NUMBER: builtins.int
     REFERENCE_ACCURACY_FIELD_NUMBER: builtins.int
     ACCURACY_FIELD_NUMBER: builtins.int
+    LOGIT_DIFFERENCE_P999_FIELD_NUMBER: builtins.int
+    VALIDATION_SAMPLES_FIELD_NUMBER: builtins.int
     samples: builtins.int
     max_logit_difference: builtins.float
     """Largest absolute difference of any logit, over all batch sizes."""
     tolerance: builtins.float
-    """What the difference had to stay under."""
+    """What any difference may be, here and on the device that the golden samples are checked on. INT8
+    is published by logit_difference_p999; for it this is max_logit_difference with that gate on top.
+    """
     argmax_agreement: builtins.float
     """Share of the samples whose most probable class is the same, 0 to 1."""
     reference_accuracy: builtins.float
-    """Accuracy on the real samples, 0 to 1: of the eager net, and the artefact's lowest over all batch
-    sizes. Absent where no labels were known.
+    """Accuracy on validation images, 0 to 1: of the eager net, and of the artefact, for which an image
+    counts where it is right at every batch size. Absent where no labels were known.
     """
     accuracy: builtins.float
+    logit_difference_p999: builtins.float
+    """What 99.9 % of all differences stay under, at the batch size where that is most."""
+    validation_samples: builtins.int
+    """How many of the samples are the validation images of the accuracies."""
     @property
     def batch_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -352,9 +369,11 @@ class Parity(google.protobuf.message.Message):
         argmax_agreement: builtins.float = ...,
         reference_accuracy: builtins.float | None = ...,
         accuracy: builtins.float | None = ...,
+        logit_difference_p999: builtins.float = ...,
+        validation_samples: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_accuracy", b"_accuracy", "_reference_accuracy", b"_reference_accuracy", "accuracy", b"accuracy", "reference_accuracy", b"reference_accuracy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_accuracy", b"_accuracy", "_reference_accuracy", b"_reference_accuracy", "accuracy", b"accuracy", "argmax_agreement", b"argmax_agreement", "batch_sizes", b"batch_sizes", "max_logit_difference", b"max_logit_difference", "reference_accuracy", b"reference_accuracy", "samples", b"samples", "tolerance", b"tolerance"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_accuracy", b"_accuracy", "_reference_accuracy", b"_reference_accuracy", "accuracy", b"accuracy", "argmax_agreement", b"argmax_agreement", "batch_sizes", b"batch_sizes", "logit_difference_p999", b"logit_difference_p999", "max_logit_difference", b"max_logit_difference", "reference_accuracy", b"reference_accuracy", "samples", b"samples", "tolerance", b"tolerance", "validation_samples", b"validation_samples"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_accuracy", b"_accuracy"]) -> typing.Literal["accuracy"] | None: ...
     @typing.overload
