@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63onvoy/v1/classifier.proto\x12\tconvoy.v1\"\x80\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\x07\x65ncoded\x18\x03 \x01(\x0cH\x00\x12\"\n\x03raw\x18\x04 \x01(\x0b\x32\x13.convoy.v1.RawImageH\x00\x12\r\n\x05top_k\x18\x05 \x01(\rB\x07\n\x05image\"9\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06pixels\x18\x03 \x01(\x0c\"\x94\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x07\x63lasses\x18\x03 \x03(\x0b\x32\x15.convoy.v1.ClassScore\x12$\n\x05times\x18\x04 \x01(\x0b\x32\x15.convoy.v1.StageTimes\x12\x12\n\nbatch_size\x18\x05 \x01(\r\"?\n\nClassScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"G\n\nStageTimes\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x14\n\x0cinference_ns\x18\x03 \x01(\x04\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.convoy.v1.ModelStatus\"\xb6\x01\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x10\n\x08provider\x18\t \x01(\t\x12\x16\n\x0emax_batch_size\x18\n \x01(\r2\xa3\x01\n\x11\x43lassifierService\x12\x43\n\x08\x43lassify\x12\x1a.convoy.v1.ClassifyRequest\x1a\x1b.convoy.v1.ClassifyResponse\x12I\n\nListModels\x12\x1c.convoy.v1.ListModelsRequest\x1a\x1d.convoy.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63onvoy/v1/classifier.proto\x12\tconvoy.v1\"\x92\x01\n\x0f\x43lassifyRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x11\n\x07\x65ncoded\x18\x03 \x01(\x0cH\x00\x12\"\n\x03raw\x18\x04 \x01(\x0b\x32\x13.convoy.v1.RawImageH\x00\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\x10\n\x08priority\x18\x06 \x01(\rB\x07\n\x05image\"9\n\x08RawImage\x12\x0e\n\x06height\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\x0e\n\x06pixels\x18\x03 \x01(\x0c\"\xa5\x01\n\x10\x43lassifyResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12&\n\x07\x63lasses\x18\x03 \x03(\x0b\x32\x15.convoy.v1.ClassScore\x12$\n\x05times\x18\x04 \x01(\x0b\x32\x15.convoy.v1.StageTimes\x12\x12\n\nbatch_size\x18\x05 \x01(\r\x12\x0f\n\x07\x61\x62stain\x18\x06 \x01(\x08\"y\n\x14\x43lassifyBatchRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12 \n\x06images\x18\x03 \x03(\x0b\x32\x10.convoy.v1.Image\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x10\n\x08priority\x18\x05 \x01(\r\"F\n\x05Image\x12\x11\n\x07\x65ncoded\x18\x01 \x01(\x0cH\x00\x12\"\n\x03raw\x18\x02 \x01(\x0b\x32\x13.convoy.v1.RawImageH\x00\x42\x06\n\x04\x66orm\"\x9a\x01\n\x15\x43lassifyBatchResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\'\n\x07results\x18\x03 \x03(\x0b\x32\x16.convoy.v1.ImageResult\x12$\n\x05times\x18\x04 \x01(\x0b\x32\x15.convoy.v1.StageTimes\x12\x12\n\nbatch_size\x18\x05 \x01(\r\"g\n\x0bImageResult\x12&\n\x07\x63lasses\x18\x01 \x03(\x0b\x32\x15.convoy.v1.ClassScore\x12\x0f\n\x07\x61\x62stain\x18\x02 \x01(\x08\x12\x1f\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.convoy.v1.Error\"P\n\x15\x43lassifyStreamRequest\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.convoy.v1.ClassifyRequest\"\x82\x01\n\x16\x43lassifyStreamResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12/\n\x08response\x18\x02 \x01(\x0b\x32\x1b.convoy.v1.ClassifyResponseH\x00\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x10.convoy.v1.ErrorH\x00\x42\x08\n\x06result\">\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\r\"?\n\nClassScore\x12\r\n\x05label\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\"G\n\nStageTimes\x12\x11\n\tdecode_ns\x18\x01 \x01(\x04\x12\x10\n\x08queue_ns\x18\x02 \x01(\x04\x12\x14\n\x0cinference_ns\x18\x03 \x01(\x04\"\x13\n\x11ListModelsRequest\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.convoy.v1.ModelStatus\"\x82\x02\n\x0bModelStatus\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06height\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x0e\n\x06labels\x18\x06 \x03(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x10\n\x08provider\x18\t \x01(\t\x12\x16\n\x0emax_batch_size\x18\n \x01(\r\x12\x1a\n\x12max_request_images\x18\x0b \x01(\r\x12\x13\n\x0btemperature\x18\x0c \x01(\x01\x12\x19\n\x11\x61\x62stain_threshold\x18\r \x01(\x01\x32\xd2\x02\n\x11\x43lassifierService\x12\x43\n\x08\x43lassify\x12\x1a.convoy.v1.ClassifyRequest\x1a\x1b.convoy.v1.ClassifyResponse\x12R\n\rClassifyBatch\x12\x1f.convoy.v1.ClassifyBatchRequest\x1a .convoy.v1.ClassifyBatchResponse\x12Y\n\x0e\x43lassifyStream\x12 .convoy.v1.ClassifyStreamRequest\x1a!.convoy.v1.ClassifyStreamResponse(\x01\x30\x01\x12I\n\nListModels\x12\x1c.convoy.v1.ListModelsRequest\x1a\x1d.convoy.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,21 +32,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'convoy.v1.classifier_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CLASSIFYREQUEST']._serialized_start=42
-  _globals['_CLASSIFYREQUEST']._serialized_end=170
-  _globals['_RAWIMAGE']._serialized_start=172
-  _globals['_RAWIMAGE']._serialized_end=229
-  _globals['_CLASSIFYRESPONSE']._serialized_start=232
-  _globals['_CLASSIFYRESPONSE']._serialized_end=380
-  _globals['_CLASSSCORE']._serialized_start=382
-  _globals['_CLASSSCORE']._serialized_end=445
-  _globals['_STAGETIMES']._serialized_start=447
-  _globals['_STAGETIMES']._serialized_end=518
-  _globals['_LISTMODELSREQUEST']._serialized_start=520
-  _globals['_LISTMODELSREQUEST']._serialized_end=539
-  _globals['_LISTMODELSRESPONSE']._serialized_start=541
-  _globals['_LISTMODELSRESPONSE']._serialized_end=601
-  _globals['_MODELSTATUS']._serialized_start=604
-  _globals['_MODELSTATUS']._serialized_end=786
-  _globals['_CLASSIFIERSERVICE']._serialized_start=789
-  _globals['_CLASSIFIERSERVICE']._serialized_end=952
+  _globals['_CLASSIFYREQUEST']._serialized_end=188
+  _globals['_RAWIMAGE']._serialized_start=190
+  _globals['_RAWIMAGE']._serialized_end=247
+  _globals['_CLASSIFYRESPONSE']._serialized_start=250
+  _globals['_CLASSIFYRESPONSE']._serialized_end=415
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_start=417
+  _globals['_CLASSIFYBATCHREQUEST']._serialized_end=538
+  _globals['_IMAGE']._serialized_start=540
+  _globals['_IMAGE']._serialized_end=610
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_start=613
+  _globals['_CLASSIFYBATCHRESPONSE']._serialized_end=767
+  _globals['_IMAGERESULT']._serialized_start=769
+  _globals['_IMAGERESULT']._serialized_end=872
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_start=874
+  _globals['_CLASSIFYSTREAMREQUEST']._serialized_end=954
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_start=957
+  _globals['_CLASSIFYSTREAMRESPONSE']._serialized_end=1087
+  _globals['_ERROR']._serialized_start=1089
+  _globals['_ERROR']._serialized_end=1151
+  _globals['_CLASSSCORE']._serialized_start=1153
+  _globals['_CLASSSCORE']._serialized_end=1216
+  _globals['_STAGETIMES']._serialized_start=1218
+  _globals['_STAGETIMES']._serialized_end=1289
+  _globals['_LISTMODELSREQUEST']._serialized_start=1291
+  _globals['_LISTMODELSREQUEST']._serialized_end=1310
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1312
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1372
+  _globals['_MODELSTATUS']._serialized_start=1375
+  _globals['_MODELSTATUS']._serialized_end=1633
+  _globals['_CLASSIFIERSERVICE']._serialized_start=1636
+  _globals['_CLASSIFIERSERVICE']._serialized_end=1974
 # @@protoc_insertion_point(module_scope)

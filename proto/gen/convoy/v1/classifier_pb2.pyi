@@ -29,6 +29,7 @@ class ClassifyRequest(google.protobuf.message.Message):
     ENCODED_FIELD_NUMBER: builtins.int
     RAW_FIELD_NUMBER: builtins.int
     TOP_K_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The model's name. May stay empty where the server serves exactly one model."""
     version: builtins.int
@@ -39,6 +40,8 @@ class ClassifyRequest(google.protobuf.message.Message):
     """
     top_k: builtins.int
     """How many classes to return, the most probable first. 0 means 1; more than there are means all."""
+    priority: builtins.int
+    """1 is served first; 0 means the server's default level. Beyond the lowest level: the lowest."""
     @property
     def raw(self) -> Global___RawImage:
         """Pixels that already have the size the model takes."""
@@ -51,9 +54,10 @@ class ClassifyRequest(google.protobuf.message.Message):
         encoded: builtins.bytes = ...,
         raw: Global___RawImage | None = ...,
         top_k: builtins.int = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["encoded", b"encoded", "image", b"image", "raw", b"raw"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["encoded", b"encoded", "image", b"image", "model", b"model", "raw", b"raw", "top_k", b"top_k", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["encoded", b"encoded", "image", b"image", "model", b"model", "priority", b"priority", "raw", b"raw", "top_k", b"top_k", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["image", b"image"]) -> typing.Literal["encoded", "raw"] | None: ...
 
 Global___ClassifyRequest: typing_extensions.TypeAlias = ClassifyRequest
@@ -91,11 +95,14 @@ class ClassifyResponse(google.protobuf.message.Message):
     CLASSES_FIELD_NUMBER: builtins.int
     TIMES_FIELD_NUMBER: builtins.int
     BATCH_SIZE_FIELD_NUMBER: builtins.int
+    ABSTAIN_FIELD_NUMBER: builtins.int
     model: builtins.str
     version: builtins.int
     """The version that answered."""
     batch_size: builtins.int
     """How many images the batch held in which this one was run."""
+    abstain: builtins.bool
+    """The largest probability is below the model's threshold: better ask a person than take the label."""
     @property
     def classes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ClassScore]:
         """The most probable classes, in falling order of probability (the lower index first in a tie)."""
@@ -110,11 +117,196 @@ class ClassifyResponse(google.protobuf.message.Message):
         classes: collections.abc.Iterable[Global___ClassScore] | None = ...,
         times: Global___StageTimes | None = ...,
         batch_size: builtins.int = ...,
+        abstain: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["times", b"times"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "classes", b"classes", "model", b"model", "times", b"times", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["abstain", b"abstain", "batch_size", b"batch_size", "classes", b"classes", "model", b"model", "times", b"times", "version", b"version"]) -> None: ...
 
 Global___ClassifyResponse: typing_extensions.TypeAlias = ClassifyResponse
+
+@typing.final
+class ClassifyBatchRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    IMAGES_FIELD_NUMBER: builtins.int
+    TOP_K_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    """As in ClassifyRequest."""
+    version: builtins.int
+    top_k: builtins.int
+    priority: builtins.int
+    @property
+    def images(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Image]: ...
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        version: builtins.int = ...,
+        images: collections.abc.Iterable[Global___Image] | None = ...,
+        top_k: builtins.int = ...,
+        priority: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["images", b"images", "model", b"model", "priority", b"priority", "top_k", b"top_k", "version", b"version"]) -> None: ...
+
+Global___ClassifyBatchRequest: typing_extensions.TypeAlias = ClassifyBatchRequest
+
+@typing.final
+class Image(google.protobuf.message.Message):
+    """One image, in one of two forms, as in ClassifyRequest."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ENCODED_FIELD_NUMBER: builtins.int
+    RAW_FIELD_NUMBER: builtins.int
+    encoded: builtins.bytes
+    @property
+    def raw(self) -> Global___RawImage: ...
+    def __init__(
+        self,
+        *,
+        encoded: builtins.bytes = ...,
+        raw: Global___RawImage | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["encoded", b"encoded", "form", b"form", "raw", b"raw"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["encoded", b"encoded", "form", b"form", "raw", b"raw"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["form", b"form"]) -> typing.Literal["encoded", "raw"] | None: ...
+
+Global___Image: typing_extensions.TypeAlias = Image
+
+@typing.final
+class ClassifyBatchResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    RESULTS_FIELD_NUMBER: builtins.int
+    TIMES_FIELD_NUMBER: builtins.int
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    model: builtins.str
+    version: builtins.int
+    batch_size: builtins.int
+    """How many images the batch held that answered last."""
+    @property
+    def results(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ImageResult]:
+        """One for each image, in their order."""
+
+    @property
+    def times(self) -> Global___StageTimes:
+        """Of the request as a whole."""
+
+    def __init__(
+        self,
+        *,
+        model: builtins.str = ...,
+        version: builtins.int = ...,
+        results: collections.abc.Iterable[Global___ImageResult] | None = ...,
+        times: Global___StageTimes | None = ...,
+        batch_size: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["times", b"times"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "model", b"model", "results", b"results", "times", b"times", "version", b"version"]) -> None: ...
+
+Global___ClassifyBatchResponse: typing_extensions.TypeAlias = ClassifyBatchResponse
+
+@typing.final
+class ImageResult(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLASSES_FIELD_NUMBER: builtins.int
+    ABSTAIN_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    abstain: builtins.bool
+    @property
+    def classes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ClassScore]: ...
+    @property
+    def error(self) -> Global___Error:
+        """Why there are no classes; absent where there are."""
+
+    def __init__(
+        self,
+        *,
+        classes: collections.abc.Iterable[Global___ClassScore] | None = ...,
+        abstain: builtins.bool = ...,
+        error: Global___Error | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["abstain", b"abstain", "classes", b"classes", "error", b"error"]) -> None: ...
+
+Global___ImageResult: typing_extensions.TypeAlias = ImageResult
+
+@typing.final
+class ClassifyStreamRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    REQUEST_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Chosen by the caller, echoed in the reply."""
+    @property
+    def request(self) -> Global___ClassifyRequest: ...
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        request: Global___ClassifyRequest | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["request", b"request"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "request", b"request"]) -> None: ...
+
+Global___ClassifyStreamRequest: typing_extensions.TypeAlias = ClassifyStreamRequest
+
+@typing.final
+class ClassifyStreamResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    RESPONSE_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    @property
+    def response(self) -> Global___ClassifyResponse: ...
+    @property
+    def error(self) -> Global___Error: ...
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        response: Global___ClassifyResponse | None = ...,
+        error: Global___Error | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["error", b"error", "response", b"response", "result", b"result"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "id", b"id", "response", b"response", "result", b"result"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["result", b"result"]) -> typing.Literal["response", "error"] | None: ...
+
+Global___ClassifyStreamResponse: typing_extensions.TypeAlias = ClassifyStreamResponse
+
+@typing.final
+class Error(google.protobuf.message.Message):
+    """What a call of its own would have ended with."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
+    code: builtins.int
+    """A status code of gRPC, e.g. 3 for INVALID_ARGUMENT."""
+    message: builtins.str
+    retry_after_ms: builtins.int
+    """When to try again, for RESOURCE_EXHAUSTED; 0 elsewhere."""
+    def __init__(
+        self,
+        *,
+        code: builtins.int = ...,
+        message: builtins.str = ...,
+        retry_after_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms"]) -> None: ...
+
+Global___Error: typing_extensions.TypeAlias = Error
 
 @typing.final
 class ClassScore(google.protobuf.message.Message):
@@ -208,6 +400,9 @@ class ModelStatus(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     PROVIDER_FIELD_NUMBER: builtins.int
     MAX_BATCH_SIZE_FIELD_NUMBER: builtins.int
+    MAX_REQUEST_IMAGES_FIELD_NUMBER: builtins.int
+    TEMPERATURE_FIELD_NUMBER: builtins.int
+    ABSTAIN_THRESHOLD_FIELD_NUMBER: builtins.int
     model: builtins.str
     version: builtins.int
     ready: builtins.bool
@@ -222,6 +417,12 @@ class ModelStatus(google.protobuf.message.Message):
     """The execution provider, e.g. "CUDAExecutionProvider"."""
     max_batch_size: builtins.int
     """The largest batch that the server forms."""
+    max_request_images: builtins.int
+    """The most images that one request may bring."""
+    temperature: builtins.float
+    """Probabilities are softmax(logits / temperature)."""
+    abstain_threshold: builtins.float
+    """Replies have abstain = true where the largest probability is below; 0: never."""
     @property
     def labels(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]: ...
     def __init__(
@@ -237,7 +438,10 @@ class ModelStatus(google.protobuf.message.Message):
         device: builtins.str = ...,
         provider: builtins.str = ...,
         max_batch_size: builtins.int = ...,
+        max_request_images: builtins.int = ...,
+        temperature: builtins.float = ...,
+        abstain_threshold: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "device", b"device", "height", b"height", "labels", b"labels", "max_batch_size", b"max_batch_size", "model", b"model", "provider", b"provider", "ready", b"ready", "version", b"version", "width", b"width"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["abstain_threshold", b"abstain_threshold", "backend", b"backend", "device", b"device", "height", b"height", "labels", b"labels", "max_batch_size", b"max_batch_size", "max_request_images", b"max_request_images", "model", b"model", "provider", b"provider", "ready", b"ready", "temperature", b"temperature", "version", b"version", "width", b"width"]) -> None: ...
 
 Global___ModelStatus: typing_extensions.TypeAlias = ModelStatus

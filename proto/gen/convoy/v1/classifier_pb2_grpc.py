@@ -30,9 +30,9 @@ class ClassifierServiceStub(object):
 
     Status codes: NOT_FOUND for an unknown model or version, INVALID_ARGUMENT for a bad image or field
     (the message names the field, what was expected and what came), RESOURCE_EXHAUSTED when the queue is
-    full, DEADLINE_EXCEEDED when the call's deadline passed before its batch was formed, UNAVAILABLE
-    while the server starts or drains, INTERNAL (with an id that the server's log explains) when the
-    model itself failed.
+    full (with the trailer grpc-retry-pushback-ms), DEADLINE_EXCEEDED when the call's deadline has passed
+    or cannot be met, UNAVAILABLE while the server starts or drains, INTERNAL (with an id that the
+    server's log explains) when the model itself failed.
     """
 
     def __init__(self, channel):
@@ -46,6 +46,16 @@ class ClassifierServiceStub(object):
                 request_serializer=convoy_dot_v1_dot_classifier__pb2.ClassifyRequest.SerializeToString,
                 response_deserializer=convoy_dot_v1_dot_classifier__pb2.ClassifyResponse.FromString,
                 _registered_method=True)
+        self.ClassifyBatch = channel.unary_unary(
+                '/convoy.v1.ClassifierService/ClassifyBatch',
+                request_serializer=convoy_dot_v1_dot_classifier__pb2.ClassifyBatchRequest.SerializeToString,
+                response_deserializer=convoy_dot_v1_dot_classifier__pb2.ClassifyBatchResponse.FromString,
+                _registered_method=True)
+        self.ClassifyStream = channel.stream_stream(
+                '/convoy.v1.ClassifierService/ClassifyStream',
+                request_serializer=convoy_dot_v1_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
+                response_deserializer=convoy_dot_v1_dot_classifier__pb2.ClassifyStreamResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/convoy.v1.ClassifierService/ListModels',
                 request_serializer=convoy_dot_v1_dot_classifier__pb2.ListModelsRequest.SerializeToString,
@@ -58,13 +68,28 @@ class ClassifierServiceServicer(object):
 
     Status codes: NOT_FOUND for an unknown model or version, INVALID_ARGUMENT for a bad image or field
     (the message names the field, what was expected and what came), RESOURCE_EXHAUSTED when the queue is
-    full, DEADLINE_EXCEEDED when the call's deadline passed before its batch was formed, UNAVAILABLE
-    while the server starts or drains, INTERNAL (with an id that the server's log explains) when the
-    model itself failed.
+    full (with the trailer grpc-retry-pushback-ms), DEADLINE_EXCEEDED when the call's deadline has passed
+    or cannot be met, UNAVAILABLE while the server starts or drains, INTERNAL (with an id that the
+    server's log explains) when the model itself failed.
     """
 
     def Classify(self, request, context):
         """Classifies one image.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyBatch(self, request, context):
+        """Classifies many images at once. An image that cannot be decoded fails alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ClassifyStream(self, request_iterator, context):
+        """Classifies images as they come. A reply is sent when it is ready, so out of order; its id tells
+        whose it is. A request that fails is answered with an error and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +110,16 @@ def add_ClassifierServiceServicer_to_server(servicer, server):
                     request_deserializer=convoy_dot_v1_dot_classifier__pb2.ClassifyRequest.FromString,
                     response_serializer=convoy_dot_v1_dot_classifier__pb2.ClassifyResponse.SerializeToString,
             ),
+            'ClassifyBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.ClassifyBatch,
+                    request_deserializer=convoy_dot_v1_dot_classifier__pb2.ClassifyBatchRequest.FromString,
+                    response_serializer=convoy_dot_v1_dot_classifier__pb2.ClassifyBatchResponse.SerializeToString,
+            ),
+            'ClassifyStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ClassifyStream,
+                    request_deserializer=convoy_dot_v1_dot_classifier__pb2.ClassifyStreamRequest.FromString,
+                    response_serializer=convoy_dot_v1_dot_classifier__pb2.ClassifyStreamResponse.SerializeToString,
+            ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
                     request_deserializer=convoy_dot_v1_dot_classifier__pb2.ListModelsRequest.FromString,
@@ -103,9 +138,9 @@ class ClassifierService(object):
 
     Status codes: NOT_FOUND for an unknown model or version, INVALID_ARGUMENT for a bad image or field
     (the message names the field, what was expected and what came), RESOURCE_EXHAUSTED when the queue is
-    full, DEADLINE_EXCEEDED when the call's deadline passed before its batch was formed, UNAVAILABLE
-    while the server starts or drains, INTERNAL (with an id that the server's log explains) when the
-    model itself failed.
+    full (with the trailer grpc-retry-pushback-ms), DEADLINE_EXCEEDED when the call's deadline has passed
+    or cannot be met, UNAVAILABLE while the server starts or drains, INTERNAL (with an id that the
+    server's log explains) when the model itself failed.
     """
 
     @staticmethod
@@ -125,6 +160,60 @@ class ClassifierService(object):
             '/convoy.v1.ClassifierService/Classify',
             convoy_dot_v1_dot_classifier__pb2.ClassifyRequest.SerializeToString,
             convoy_dot_v1_dot_classifier__pb2.ClassifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/convoy.v1.ClassifierService/ClassifyBatch',
+            convoy_dot_v1_dot_classifier__pb2.ClassifyBatchRequest.SerializeToString,
+            convoy_dot_v1_dot_classifier__pb2.ClassifyBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ClassifyStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/convoy.v1.ClassifierService/ClassifyStream',
+            convoy_dot_v1_dot_classifier__pb2.ClassifyStreamRequest.SerializeToString,
+            convoy_dot_v1_dot_classifier__pb2.ClassifyStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,38 @@ _ClassifierServiceClassifyType = typing_extensions.TypeVar(
     ],
 )
 
+_ClassifierServiceClassifyBatchType = typing_extensions.TypeVar(
+    '_ClassifierServiceClassifyBatchType',
+    grpc.UnaryUnaryMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyBatchRequest,
+        convoy.v1.classifier_pb2.ClassifyBatchResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyBatchRequest,
+        convoy.v1.classifier_pb2.ClassifyBatchResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyBatchRequest,
+        convoy.v1.classifier_pb2.ClassifyBatchResponse,
+    ],
+)
+
+_ClassifierServiceClassifyStreamType = typing_extensions.TypeVar(
+    '_ClassifierServiceClassifyStreamType',
+    grpc.StreamStreamMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyStreamRequest,
+        convoy.v1.classifier_pb2.ClassifyStreamResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyStreamRequest,
+        convoy.v1.classifier_pb2.ClassifyStreamResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyStreamRequest,
+        convoy.v1.classifier_pb2.ClassifyStreamResponse,
+    ],
+)
+
 _ClassifierServiceListModelsType = typing_extensions.TypeVar(
     '_ClassifierServiceListModelsType',
     grpc.UnaryUnaryMultiCallable[
@@ -59,14 +91,14 @@ _ClassifierServiceListModelsType = typing_extensions.TypeVar(
     ],
 )
 
-class ClassifierServiceStub(typing.Generic[_ClassifierServiceClassifyType, _ClassifierServiceListModelsType]):
+class ClassifierServiceStub(typing.Generic[_ClassifierServiceClassifyType, _ClassifierServiceClassifyBatchType, _ClassifierServiceClassifyStreamType, _ClassifierServiceListModelsType]):
     """Classifies images.
 
     Status codes: NOT_FOUND for an unknown model or version, INVALID_ARGUMENT for a bad image or field
     (the message names the field, what was expected and what came), RESOURCE_EXHAUSTED when the queue is
-    full, DEADLINE_EXCEEDED when the call's deadline passed before its batch was formed, UNAVAILABLE
-    while the server starts or drains, INTERNAL (with an id that the server's log explains) when the
-    model itself failed.
+    full (with the trailer grpc-retry-pushback-ms), DEADLINE_EXCEEDED when the call's deadline has passed
+    or cannot be met, UNAVAILABLE while the server starts or drains, INTERNAL (with an id that the
+    server's log explains) when the model itself failed.
     """
 
     @typing.overload
@@ -74,6 +106,14 @@ class ClassifierServiceStub(typing.Generic[_ClassifierServiceClassifyType, _Clas
         grpc.UnaryUnaryMultiCallable[
             convoy.v1.classifier_pb2.ClassifyRequest,
             convoy.v1.classifier_pb2.ClassifyResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            convoy.v1.classifier_pb2.ClassifyBatchRequest,
+            convoy.v1.classifier_pb2.ClassifyBatchResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            convoy.v1.classifier_pb2.ClassifyStreamRequest,
+            convoy.v1.classifier_pb2.ClassifyStreamResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             convoy.v1.classifier_pb2.ListModelsRequest,
@@ -88,6 +128,14 @@ class ClassifierServiceStub(typing.Generic[_ClassifierServiceClassifyType, _Clas
             convoy.v1.classifier_pb2.ClassifyResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            convoy.v1.classifier_pb2.ClassifyBatchRequest,
+            convoy.v1.classifier_pb2.ClassifyBatchResponse,
+        ],
+        grpc.aio.StreamStreamMultiCallable[
+            convoy.v1.classifier_pb2.ClassifyStreamRequest,
+            convoy.v1.classifier_pb2.ClassifyStreamResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             convoy.v1.classifier_pb2.ListModelsRequest,
             convoy.v1.classifier_pb2.ListModelsResponse,
         ],
@@ -96,6 +144,14 @@ class ClassifierServiceStub(typing.Generic[_ClassifierServiceClassifyType, _Clas
     Classify: _ClassifierServiceClassifyType
     """Classifies one image."""
 
+    ClassifyBatch: _ClassifierServiceClassifyBatchType
+    """Classifies many images at once. An image that cannot be decoded fails alone."""
+
+    ClassifyStream: _ClassifierServiceClassifyStreamType
+    """Classifies images as they come. A reply is sent when it is ready, so out of order; its id tells
+    whose it is. A request that fails is answered with an error and the stream goes on.
+    """
+
     ListModels: _ClassifierServiceListModelsType
     """Lists the versions that are being served."""
 
@@ -103,6 +159,14 @@ ClassifierServiceAsyncStub: typing_extensions.TypeAlias = ClassifierServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         convoy.v1.classifier_pb2.ClassifyRequest,
         convoy.v1.classifier_pb2.ClassifyResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyBatchRequest,
+        convoy.v1.classifier_pb2.ClassifyBatchResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        convoy.v1.classifier_pb2.ClassifyStreamRequest,
+        convoy.v1.classifier_pb2.ClassifyStreamResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         convoy.v1.classifier_pb2.ListModelsRequest,
@@ -115,9 +179,9 @@ class ClassifierServiceServicer(metaclass=abc.ABCMeta):
 
     Status codes: NOT_FOUND for an unknown model or version, INVALID_ARGUMENT for a bad image or field
     (the message names the field, what was expected and what came), RESOURCE_EXHAUSTED when the queue is
-    full, DEADLINE_EXCEEDED when the call's deadline passed before its batch was formed, UNAVAILABLE
-    while the server starts or drains, INTERNAL (with an id that the server's log explains) when the
-    model itself failed.
+    full (with the trailer grpc-retry-pushback-ms), DEADLINE_EXCEEDED when the call's deadline has passed
+    or cannot be met, UNAVAILABLE while the server starts or drains, INTERNAL (with an id that the
+    server's log explains) when the model itself failed.
     """
 
     @abc.abstractmethod
@@ -127,6 +191,24 @@ class ClassifierServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[convoy.v1.classifier_pb2.ClassifyResponse, collections.abc.Awaitable[convoy.v1.classifier_pb2.ClassifyResponse]]:
         """Classifies one image."""
+
+    @abc.abstractmethod
+    def ClassifyBatch(
+        self,
+        request: convoy.v1.classifier_pb2.ClassifyBatchRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[convoy.v1.classifier_pb2.ClassifyBatchResponse, collections.abc.Awaitable[convoy.v1.classifier_pb2.ClassifyBatchResponse]]:
+        """Classifies many images at once. An image that cannot be decoded fails alone."""
+
+    @abc.abstractmethod
+    def ClassifyStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[convoy.v1.classifier_pb2.ClassifyStreamRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[convoy.v1.classifier_pb2.ClassifyStreamResponse], collections.abc.AsyncIterator[convoy.v1.classifier_pb2.ClassifyStreamResponse]]:
+        """Classifies images as they come. A reply is sent when it is ready, so out of order; its id tells
+        whose it is. A request that fails is answered with an error and the stream goes on.
+        """
 
     @abc.abstractmethod
     def ListModels(

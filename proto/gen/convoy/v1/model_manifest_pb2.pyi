@@ -102,6 +102,7 @@ class ModelManifest(google.protobuf.message.Message):
     SAMPLES_FIELD_NUMBER: builtins.int
     PROVENANCE_FIELD_NUMBER: builtins.int
     REPORT_FIELD_NUMBER: builtins.int
+    ABSTAIN_THRESHOLD_FIELD_NUMBER: builtins.int
     schema_version: builtins.int
     """1. Raised when a reader of the older form would misread the newer one."""
     name: builtins.str
@@ -112,6 +113,10 @@ class ModelManifest(google.protobuf.message.Message):
     """What wrote it, e.g. "convoy-serving 0.1.0, torch 2.15.0, onnx 1.23.2"."""
     temperature: builtins.float
     """probabilities = softmax(logits / temperature); 1 where the model was not calibrated."""
+    abstain_threshold: builtins.float
+    """Below this largest probability the model should rather give no label, 0 to 1; 0: it always gives
+    one.
+    """
     @property
     def input(self) -> Global___TensorSpec: ...
     @property
@@ -154,9 +159,10 @@ class ModelManifest(google.protobuf.message.Message):
         samples: Global___GoldenSamples | None = ...,
         provenance: Global___Provenance | None = ...,
         report: Global___File | None = ...,
+        abstain_threshold: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_report", b"_report", "input", b"input", "normalization", b"normalization", "preprocessing", b"preprocessing", "provenance", b"provenance", "report", b"report", "samples", b"samples"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_report", b"_report", "artefacts", b"artefacts", "created_at", b"created_at", "input", b"input", "labels", b"labels", "name", b"name", "normalization", b"normalization", "outputs", b"outputs", "preprocessing", b"preprocessing", "producer", b"producer", "provenance", b"provenance", "report", b"report", "samples", b"samples", "schema_version", b"schema_version", "temperature", b"temperature", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_report", b"_report", "abstain_threshold", b"abstain_threshold", "artefacts", b"artefacts", "created_at", b"created_at", "input", b"input", "labels", b"labels", "name", b"name", "normalization", b"normalization", "outputs", b"outputs", "preprocessing", b"preprocessing", "producer", b"producer", "provenance", b"provenance", "report", b"report", "samples", b"samples", "schema_version", b"schema_version", "temperature", b"temperature", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_report", b"_report"]) -> typing.Literal["report"] | None: ...
 
 Global___ModelManifest: typing_extensions.TypeAlias = ModelManifest
@@ -191,7 +197,7 @@ class ImagePreprocessing(google.protobuf.message.Message):
     """How an encoded image becomes the input tensor. The steps, in this order, are the same for the
     server, the batch client and the evaluation at training time:
       1. decode the first frame; apply the EXIF orientation; convert to RGB, 8 bits (transparent pixels
-         over black);
+         over black; of a 16-bit sample its high byte, and 16-bit grey has no transparency);
       2. resize so that the shorter side is resize_shorter_px (rounding the longer side half to even),
          or, where that is 0, to exactly height_px x width_px, with Pillow's antialiased filter named
          by interpolation; skip this when the size is already right;

@@ -4,11 +4,15 @@ isort:skip_file
 The Open Inference Protocol, version 2, over gRPC. Package, service, message and field names and
 numbers are those of the published specification
 (github.com/kserve/open-inference-protocol, specification/protocol/open_inference_grpc.proto), so
-any client of that protocol works with this server. The comments are this project's.
+any client of that protocol works with this server. So do the clients of NVIDIA Triton's superset of
+it: what stands under "extensions" has the names and numbers that those send
+(github.com/triton-inference-server/common, protobuf/grpc_service.proto), reduced to what is
+implemented here. Every declaration was written for this project, and so were the comments.
 """
 
 import builtins
 import collections.abc
+import convoy.oip.v2.model_config_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.message
@@ -560,3 +564,425 @@ class InferTensorContents(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["bool_contents", b"bool_contents", "bytes_contents", b"bytes_contents", "fp32_contents", b"fp32_contents", "fp64_contents", b"fp64_contents", "int64_contents", b"int64_contents", "int_contents", b"int_contents", "uint64_contents", b"uint64_contents", "uint_contents", b"uint_contents"]) -> None: ...
 
 Global___InferTensorContents: typing_extensions.TypeAlias = InferTensorContents
+
+@typing.final
+class ModelStreamInferResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ERROR_MESSAGE_FIELD_NUMBER: builtins.int
+    INFER_RESPONSE_FIELD_NUMBER: builtins.int
+    error_message: builtins.str
+    """Empty where the inference succeeded."""
+    @property
+    def infer_response(self) -> Global___ModelInferResponse:
+        """Beside an error it holds the request's id and nothing else."""
+
+    def __init__(
+        self,
+        *,
+        error_message: builtins.str = ...,
+        infer_response: Global___ModelInferResponse | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["infer_response", b"infer_response"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error_message", b"error_message", "infer_response", b"infer_response"]) -> None: ...
+
+Global___ModelStreamInferResponse: typing_extensions.TypeAlias = ModelStreamInferResponse
+
+@typing.final
+class ModelConfigRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    version: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "version", b"version"]) -> None: ...
+
+Global___ModelConfigRequest: typing_extensions.TypeAlias = ModelConfigRequest
+
+@typing.final
+class ModelConfigResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CONFIG_FIELD_NUMBER: builtins.int
+    @property
+    def config(self) -> convoy.oip.v2.model_config_pb2.ModelConfig: ...
+    def __init__(
+        self,
+        *,
+        config: convoy.oip.v2.model_config_pb2.ModelConfig | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config"]) -> None: ...
+
+Global___ModelConfigResponse: typing_extensions.TypeAlias = ModelConfigResponse
+
+@typing.final
+class ModelStatisticsRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Empty: every model."""
+    version: builtins.str
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "version", b"version"]) -> None: ...
+
+Global___ModelStatisticsRequest: typing_extensions.TypeAlias = ModelStatisticsRequest
+
+@typing.final
+class ModelStatisticsResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_STATS_FIELD_NUMBER: builtins.int
+    @property
+    def model_stats(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ModelStatistics]: ...
+    def __init__(
+        self,
+        *,
+        model_stats: collections.abc.Iterable[Global___ModelStatistics] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_stats", b"model_stats"]) -> None: ...
+
+Global___ModelStatisticsResponse: typing_extensions.TypeAlias = ModelStatisticsResponse
+
+@typing.final
+class ModelStatistics(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    VERSION_FIELD_NUMBER: builtins.int
+    LAST_INFERENCE_FIELD_NUMBER: builtins.int
+    INFERENCE_COUNT_FIELD_NUMBER: builtins.int
+    EXECUTION_COUNT_FIELD_NUMBER: builtins.int
+    INFERENCE_STATS_FIELD_NUMBER: builtins.int
+    BATCH_STATS_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    version: builtins.str
+    last_inference: builtins.int
+    """Milliseconds since 1970, UTC; 0 before the first inference."""
+    inference_count: builtins.int
+    """Images."""
+    execution_count: builtins.int
+    """Batches."""
+    @property
+    def inference_stats(self) -> Global___InferStatistics: ...
+    @property
+    def batch_stats(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___InferBatchStatistics]:
+        """In rising order of the batch size."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        version: builtins.str = ...,
+        last_inference: builtins.int = ...,
+        inference_count: builtins.int = ...,
+        execution_count: builtins.int = ...,
+        inference_stats: Global___InferStatistics | None = ...,
+        batch_stats: collections.abc.Iterable[Global___InferBatchStatistics] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["inference_stats", b"inference_stats"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_stats", b"batch_stats", "execution_count", b"execution_count", "inference_count", b"inference_count", "inference_stats", b"inference_stats", "last_inference", b"last_inference", "name", b"name", "version", b"version"]) -> None: ...
+
+Global___ModelStatistics: typing_extensions.TypeAlias = ModelStatistics
+
+@typing.final
+class InferStatistics(google.protobuf.message.Message):
+    """Requests and the time they spent, by stage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SUCCESS_FIELD_NUMBER: builtins.int
+    FAIL_FIELD_NUMBER: builtins.int
+    QUEUE_FIELD_NUMBER: builtins.int
+    COMPUTE_INPUT_FIELD_NUMBER: builtins.int
+    COMPUTE_INFER_FIELD_NUMBER: builtins.int
+    COMPUTE_OUTPUT_FIELD_NUMBER: builtins.int
+    CACHE_HIT_FIELD_NUMBER: builtins.int
+    CACHE_MISS_FIELD_NUMBER: builtins.int
+    @property
+    def success(self) -> Global___StatisticDuration:
+        """From the request's arrival at the queue until its answer."""
+
+    @property
+    def fail(self) -> Global___StatisticDuration: ...
+    @property
+    def queue(self) -> Global___StatisticDuration: ...
+    @property
+    def compute_input(self) -> Global___StatisticDuration: ...
+    @property
+    def compute_infer(self) -> Global___StatisticDuration: ...
+    @property
+    def compute_output(self) -> Global___StatisticDuration: ...
+    @property
+    def cache_hit(self) -> Global___StatisticDuration: ...
+    @property
+    def cache_miss(self) -> Global___StatisticDuration: ...
+    def __init__(
+        self,
+        *,
+        success: Global___StatisticDuration | None = ...,
+        fail: Global___StatisticDuration | None = ...,
+        queue: Global___StatisticDuration | None = ...,
+        compute_input: Global___StatisticDuration | None = ...,
+        compute_infer: Global___StatisticDuration | None = ...,
+        compute_output: Global___StatisticDuration | None = ...,
+        cache_hit: Global___StatisticDuration | None = ...,
+        cache_miss: Global___StatisticDuration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["cache_hit", b"cache_hit", "cache_miss", b"cache_miss", "compute_infer", b"compute_infer", "compute_input", b"compute_input", "compute_output", b"compute_output", "fail", b"fail", "queue", b"queue", "success", b"success"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cache_hit", b"cache_hit", "cache_miss", b"cache_miss", "compute_infer", b"compute_infer", "compute_input", b"compute_input", "compute_output", b"compute_output", "fail", b"fail", "queue", b"queue", "success", b"success"]) -> None: ...
+
+Global___InferStatistics: typing_extensions.TypeAlias = InferStatistics
+
+@typing.final
+class InferBatchStatistics(google.protobuf.message.Message):
+    """Batches of one size and the time they took, by stage."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BATCH_SIZE_FIELD_NUMBER: builtins.int
+    COMPUTE_INPUT_FIELD_NUMBER: builtins.int
+    COMPUTE_INFER_FIELD_NUMBER: builtins.int
+    COMPUTE_OUTPUT_FIELD_NUMBER: builtins.int
+    batch_size: builtins.int
+    @property
+    def compute_input(self) -> Global___StatisticDuration: ...
+    @property
+    def compute_infer(self) -> Global___StatisticDuration: ...
+    @property
+    def compute_output(self) -> Global___StatisticDuration: ...
+    def __init__(
+        self,
+        *,
+        batch_size: builtins.int = ...,
+        compute_input: Global___StatisticDuration | None = ...,
+        compute_infer: Global___StatisticDuration | None = ...,
+        compute_output: Global___StatisticDuration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["compute_infer", b"compute_infer", "compute_input", b"compute_input", "compute_output", b"compute_output"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["batch_size", b"batch_size", "compute_infer", b"compute_infer", "compute_input", b"compute_input", "compute_output", b"compute_output"]) -> None: ...
+
+Global___InferBatchStatistics: typing_extensions.TypeAlias = InferBatchStatistics
+
+@typing.final
+class StatisticDuration(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    NS_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    ns: builtins.int
+    """The sum, in nanoseconds."""
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+        ns: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "ns", b"ns"]) -> None: ...
+
+Global___StatisticDuration: typing_extensions.TypeAlias = StatisticDuration
+
+@typing.final
+class RepositoryIndexRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REPOSITORY_NAME_FIELD_NUMBER: builtins.int
+    READY_FIELD_NUMBER: builtins.int
+    repository_name: builtins.str
+    """Must be empty: there is one repository."""
+    ready: builtins.bool
+    """Only what is ready."""
+    def __init__(
+        self,
+        *,
+        repository_name: builtins.str = ...,
+        ready: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["ready", b"ready", "repository_name", b"repository_name"]) -> None: ...
+
+Global___RepositoryIndexRequest: typing_extensions.TypeAlias = RepositoryIndexRequest
+
+@typing.final
+class RepositoryIndexResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ModelIndex(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: builtins.int
+        VERSION_FIELD_NUMBER: builtins.int
+        STATE_FIELD_NUMBER: builtins.int
+        REASON_FIELD_NUMBER: builtins.int
+        name: builtins.str
+        version: builtins.str
+        state: builtins.str
+        """"READY", "UNAVAILABLE", "LOADING" or "UNLOADING"."""
+        reason: builtins.str
+        """Why it is not ready."""
+        def __init__(
+            self,
+            *,
+            name: builtins.str = ...,
+            version: builtins.str = ...,
+            state: builtins.str = ...,
+            reason: builtins.str = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["name", b"name", "reason", b"reason", "state", b"state", "version", b"version"]) -> None: ...
+
+    MODELS_FIELD_NUMBER: builtins.int
+    @property
+    def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RepositoryIndexResponse.ModelIndex]: ...
+    def __init__(
+        self,
+        *,
+        models: collections.abc.Iterable[Global___RepositoryIndexResponse.ModelIndex] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["models", b"models"]) -> None: ...
+
+Global___RepositoryIndexResponse: typing_extensions.TypeAlias = RepositoryIndexResponse
+
+@typing.final
+class RepositoryModelLoadRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___ModelRepositoryParameter: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___ModelRepositoryParameter | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    REPOSITORY_NAME_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    repository_name: builtins.str
+    model_name: builtins.str
+    @property
+    def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___ModelRepositoryParameter]:
+        """Any is refused: a model is what lies in the repository."""
+
+    def __init__(
+        self,
+        *,
+        repository_name: builtins.str = ...,
+        model_name: builtins.str = ...,
+        parameters: collections.abc.Mapping[builtins.str, Global___ModelRepositoryParameter] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_name", b"model_name", "parameters", b"parameters", "repository_name", b"repository_name"]) -> None: ...
+
+Global___RepositoryModelLoadRequest: typing_extensions.TypeAlias = RepositoryModelLoadRequest
+
+@typing.final
+class RepositoryModelLoadResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___RepositoryModelLoadResponse: typing_extensions.TypeAlias = RepositoryModelLoadResponse
+
+@typing.final
+class RepositoryModelUnloadRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ParametersEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> Global___ModelRepositoryParameter: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: Global___ModelRepositoryParameter | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    REPOSITORY_NAME_FIELD_NUMBER: builtins.int
+    MODEL_NAME_FIELD_NUMBER: builtins.int
+    PARAMETERS_FIELD_NUMBER: builtins.int
+    repository_name: builtins.str
+    model_name: builtins.str
+    @property
+    def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___ModelRepositoryParameter]:
+        """Only unload_dependents, which changes nothing: models here have no dependents."""
+
+    def __init__(
+        self,
+        *,
+        repository_name: builtins.str = ...,
+        model_name: builtins.str = ...,
+        parameters: collections.abc.Mapping[builtins.str, Global___ModelRepositoryParameter] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["model_name", b"model_name", "parameters", b"parameters", "repository_name", b"repository_name"]) -> None: ...
+
+Global___RepositoryModelUnloadRequest: typing_extensions.TypeAlias = RepositoryModelUnloadRequest
+
+@typing.final
+class RepositoryModelUnloadResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___RepositoryModelUnloadResponse: typing_extensions.TypeAlias = RepositoryModelUnloadResponse
+
+@typing.final
+class ModelRepositoryParameter(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BOOL_PARAM_FIELD_NUMBER: builtins.int
+    INT64_PARAM_FIELD_NUMBER: builtins.int
+    STRING_PARAM_FIELD_NUMBER: builtins.int
+    BYTES_PARAM_FIELD_NUMBER: builtins.int
+    bool_param: builtins.bool
+    int64_param: builtins.int
+    string_param: builtins.str
+    bytes_param: builtins.bytes
+    def __init__(
+        self,
+        *,
+        bool_param: builtins.bool = ...,
+        int64_param: builtins.int = ...,
+        string_param: builtins.str = ...,
+        bytes_param: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["bool_param", b"bool_param", "bytes_param", b"bytes_param", "int64_param", b"int64_param", "parameter_choice", b"parameter_choice", "string_param", b"string_param"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["bool_param", b"bool_param", "bytes_param", b"bytes_param", "int64_param", b"int64_param", "parameter_choice", b"parameter_choice", "string_param", b"string_param"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["parameter_choice", b"parameter_choice"]) -> typing.Literal["bool_param", "int64_param", "string_param", "bytes_param"] | None: ...
+
+Global___ModelRepositoryParameter: typing_extensions.TypeAlias = ModelRepositoryParameter

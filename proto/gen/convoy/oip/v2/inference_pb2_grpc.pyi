@@ -4,7 +4,10 @@ isort:skip_file
 The Open Inference Protocol, version 2, over gRPC. Package, service, message and field names and
 numbers are those of the published specification
 (github.com/kserve/open-inference-protocol, specification/protocol/open_inference_grpc.proto), so
-any client of that protocol works with this server. The comments are this project's.
+any client of that protocol works with this server. So do the clients of NVIDIA Triton's superset of
+it: what stands under "extensions" has the names and numbers that those send
+(github.com/triton-inference-server/common, protobuf/grpc_service.proto), reduced to what is
+implemented here. Every declaration was written for this project, and so were the comments.
 """
 
 import abc
@@ -125,7 +128,103 @@ _GRPCInferenceServiceModelInferType = typing_extensions.TypeVar(
     ],
 )
 
-class GRPCInferenceServiceStub(typing.Generic[_GRPCInferenceServiceServerLiveType, _GRPCInferenceServiceServerReadyType, _GRPCInferenceServiceModelReadyType, _GRPCInferenceServiceServerMetadataType, _GRPCInferenceServiceModelMetadataType, _GRPCInferenceServiceModelInferType]):
+_GRPCInferenceServiceModelStreamInferType = typing_extensions.TypeVar(
+    '_GRPCInferenceServiceModelStreamInferType',
+    grpc.StreamStreamMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelInferRequest,
+        convoy.oip.v2.inference_pb2.ModelStreamInferResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelInferRequest,
+        convoy.oip.v2.inference_pb2.ModelStreamInferResponse,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelInferRequest,
+        convoy.oip.v2.inference_pb2.ModelStreamInferResponse,
+    ],
+)
+
+_GRPCInferenceServiceModelConfigType = typing_extensions.TypeVar(
+    '_GRPCInferenceServiceModelConfigType',
+    grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelConfigRequest,
+        convoy.oip.v2.inference_pb2.ModelConfigResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelConfigRequest,
+        convoy.oip.v2.inference_pb2.ModelConfigResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelConfigRequest,
+        convoy.oip.v2.inference_pb2.ModelConfigResponse,
+    ],
+)
+
+_GRPCInferenceServiceModelStatisticsType = typing_extensions.TypeVar(
+    '_GRPCInferenceServiceModelStatisticsType',
+    grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelStatisticsRequest,
+        convoy.oip.v2.inference_pb2.ModelStatisticsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelStatisticsRequest,
+        convoy.oip.v2.inference_pb2.ModelStatisticsResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelStatisticsRequest,
+        convoy.oip.v2.inference_pb2.ModelStatisticsResponse,
+    ],
+)
+
+_GRPCInferenceServiceRepositoryIndexType = typing_extensions.TypeVar(
+    '_GRPCInferenceServiceRepositoryIndexType',
+    grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryIndexRequest,
+        convoy.oip.v2.inference_pb2.RepositoryIndexResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryIndexRequest,
+        convoy.oip.v2.inference_pb2.RepositoryIndexResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryIndexRequest,
+        convoy.oip.v2.inference_pb2.RepositoryIndexResponse,
+    ],
+)
+
+_GRPCInferenceServiceRepositoryModelLoadType = typing_extensions.TypeVar(
+    '_GRPCInferenceServiceRepositoryModelLoadType',
+    grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse,
+    ],
+)
+
+_GRPCInferenceServiceRepositoryModelUnloadType = typing_extensions.TypeVar(
+    '_GRPCInferenceServiceRepositoryModelUnloadType',
+    grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse,
+    ],
+)
+
+class GRPCInferenceServiceStub(typing.Generic[_GRPCInferenceServiceServerLiveType, _GRPCInferenceServiceServerReadyType, _GRPCInferenceServiceModelReadyType, _GRPCInferenceServiceServerMetadataType, _GRPCInferenceServiceModelMetadataType, _GRPCInferenceServiceModelInferType, _GRPCInferenceServiceModelStreamInferType, _GRPCInferenceServiceModelConfigType, _GRPCInferenceServiceModelStatisticsType, _GRPCInferenceServiceRepositoryIndexType, _GRPCInferenceServiceRepositoryModelLoadType, _GRPCInferenceServiceRepositoryModelUnloadType]):
     @typing.overload
     def __init__(self: GRPCInferenceServiceStub[
         grpc.UnaryUnaryMultiCallable[
@@ -151,6 +250,30 @@ class GRPCInferenceServiceStub(typing.Generic[_GRPCInferenceServiceServerLiveTyp
         grpc.UnaryUnaryMultiCallable[
             convoy.oip.v2.inference_pb2.ModelInferRequest,
             convoy.oip.v2.inference_pb2.ModelInferResponse,
+        ],
+        grpc.StreamStreamMultiCallable[
+            convoy.oip.v2.inference_pb2.ModelInferRequest,
+            convoy.oip.v2.inference_pb2.ModelStreamInferResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.ModelConfigRequest,
+            convoy.oip.v2.inference_pb2.ModelConfigResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.ModelStatisticsRequest,
+            convoy.oip.v2.inference_pb2.ModelStatisticsResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.RepositoryIndexRequest,
+            convoy.oip.v2.inference_pb2.RepositoryIndexResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.RepositoryModelLoadRequest,
+            convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.RepositoryModelUnloadRequest,
+            convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -180,6 +303,30 @@ class GRPCInferenceServiceStub(typing.Generic[_GRPCInferenceServiceServerLiveTyp
             convoy.oip.v2.inference_pb2.ModelInferRequest,
             convoy.oip.v2.inference_pb2.ModelInferResponse,
         ],
+        grpc.aio.StreamStreamMultiCallable[
+            convoy.oip.v2.inference_pb2.ModelInferRequest,
+            convoy.oip.v2.inference_pb2.ModelStreamInferResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.ModelConfigRequest,
+            convoy.oip.v2.inference_pb2.ModelConfigResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.ModelStatisticsRequest,
+            convoy.oip.v2.inference_pb2.ModelStatisticsResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.RepositoryIndexRequest,
+            convoy.oip.v2.inference_pb2.RepositoryIndexResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.RepositoryModelLoadRequest,
+            convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            convoy.oip.v2.inference_pb2.RepositoryModelUnloadRequest,
+            convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     ServerLive: _GRPCInferenceServiceServerLiveType
@@ -196,6 +343,28 @@ class GRPCInferenceServiceStub(typing.Generic[_GRPCInferenceServiceServerLiveTyp
     ModelMetadata: _GRPCInferenceServiceModelMetadataType
 
     ModelInfer: _GRPCInferenceServiceModelInferType
+
+    ModelStreamInfer: _GRPCInferenceServiceModelStreamInferType
+    """Extensions.
+
+    Many inferences on one stream. A reply comes when it is ready, so out of order; its id tells
+    whose it is. A request that fails is answered with an error_message and the stream goes on.
+    """
+
+    ModelConfig: _GRPCInferenceServiceModelConfigType
+
+    ModelStatistics: _GRPCInferenceServiceModelStatisticsType
+    """Counts and times since the version went into service."""
+
+    RepositoryIndex: _GRPCInferenceServiceRepositoryIndexType
+    """These three are answered on the admin listener only."""
+
+    RepositoryModelLoad: _GRPCInferenceServiceRepositoryModelLoadType
+    """Loads the versions that the policy names, as they lie in the repository. No files are taken from
+    the request.
+    """
+
+    RepositoryModelUnload: _GRPCInferenceServiceRepositoryModelUnloadType
 
 GRPCInferenceServiceAsyncStub: typing_extensions.TypeAlias = GRPCInferenceServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -221,6 +390,30 @@ GRPCInferenceServiceAsyncStub: typing_extensions.TypeAlias = GRPCInferenceServic
     grpc.aio.UnaryUnaryMultiCallable[
         convoy.oip.v2.inference_pb2.ModelInferRequest,
         convoy.oip.v2.inference_pb2.ModelInferResponse,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelInferRequest,
+        convoy.oip.v2.inference_pb2.ModelStreamInferResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelConfigRequest,
+        convoy.oip.v2.inference_pb2.ModelConfigResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.ModelStatisticsRequest,
+        convoy.oip.v2.inference_pb2.ModelStatisticsResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryIndexRequest,
+        convoy.oip.v2.inference_pb2.RepositoryIndexResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadRequest,
+        convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse,
     ],
 ]
 
@@ -269,5 +462,57 @@ class GRPCInferenceServiceServicer(metaclass=abc.ABCMeta):
         request: convoy.oip.v2.inference_pb2.ModelInferRequest,
         context: _ServicerContext,
     ) -> typing.Union[convoy.oip.v2.inference_pb2.ModelInferResponse, collections.abc.Awaitable[convoy.oip.v2.inference_pb2.ModelInferResponse]]: ...
+
+    @abc.abstractmethod
+    def ModelStreamInfer(
+        self,
+        request_iterator: _MaybeAsyncIterator[convoy.oip.v2.inference_pb2.ModelInferRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[convoy.oip.v2.inference_pb2.ModelStreamInferResponse], collections.abc.AsyncIterator[convoy.oip.v2.inference_pb2.ModelStreamInferResponse]]:
+        """Extensions.
+
+        Many inferences on one stream. A reply comes when it is ready, so out of order; its id tells
+        whose it is. A request that fails is answered with an error_message and the stream goes on.
+        """
+
+    @abc.abstractmethod
+    def ModelConfig(
+        self,
+        request: convoy.oip.v2.inference_pb2.ModelConfigRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[convoy.oip.v2.inference_pb2.ModelConfigResponse, collections.abc.Awaitable[convoy.oip.v2.inference_pb2.ModelConfigResponse]]: ...
+
+    @abc.abstractmethod
+    def ModelStatistics(
+        self,
+        request: convoy.oip.v2.inference_pb2.ModelStatisticsRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[convoy.oip.v2.inference_pb2.ModelStatisticsResponse, collections.abc.Awaitable[convoy.oip.v2.inference_pb2.ModelStatisticsResponse]]:
+        """Counts and times since the version went into service."""
+
+    @abc.abstractmethod
+    def RepositoryIndex(
+        self,
+        request: convoy.oip.v2.inference_pb2.RepositoryIndexRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[convoy.oip.v2.inference_pb2.RepositoryIndexResponse, collections.abc.Awaitable[convoy.oip.v2.inference_pb2.RepositoryIndexResponse]]:
+        """These three are answered on the admin listener only."""
+
+    @abc.abstractmethod
+    def RepositoryModelLoad(
+        self,
+        request: convoy.oip.v2.inference_pb2.RepositoryModelLoadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse, collections.abc.Awaitable[convoy.oip.v2.inference_pb2.RepositoryModelLoadResponse]]:
+        """Loads the versions that the policy names, as they lie in the repository. No files are taken from
+        the request.
+        """
+
+    @abc.abstractmethod
+    def RepositoryModelUnload(
+        self,
+        request: convoy.oip.v2.inference_pb2.RepositoryModelUnloadRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse, collections.abc.Awaitable[convoy.oip.v2.inference_pb2.RepositoryModelUnloadResponse]]: ...
 
 def add_GRPCInferenceServiceServicer_to_server(servicer: GRPCInferenceServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
