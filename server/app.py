@@ -12,11 +12,12 @@ import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
-from convoy.oip.v2 import inference_pb2, inference_pb2_grpc
-from convoy.v1 import classifier_pb2, classifier_pb2_grpc
+from convoy.oip.v2 import inference_pb2
+from convoy.v1 import classifier_pb2
 from server.backends.devices import Device, choose_device, usable_cpus
 from server.batcher import BatchingLimits
 from server.catalogue import ModelCatalogue, ServerState
+from server.decoding import ImageDecoder
 from server.http import HttpServer
 from server.images import refuse_decompression_bombs
 from server.lifecycle import stop_signal
@@ -27,18 +28,18 @@ from server.metrics import ServerMetrics
 from server.protocols.calls import CallBoundary
 from server.protocols.classifier import ClassifierServicer
 from server.protocols.health import WHOLE_SERVER, HealthServicer
+from server.protocols.inference import Inference
 from server.protocols.oip import InferenceServicer
+from server.protocols.registration import handler_of
 from server.repository import ModelRepository, ModelVersion
 from server.settings import ServerSettings
 from server.signing import read_public_key
 
 logger = structlog.get_logger()
 
-_SERVICES = tuple(
-    service.full_name
-    for file in (classifier_pb2, inference_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-)
+_CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["ClassifierService"]
+_INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+_SERVICES = (_CLASSIFIER.full_name, _INFERENCE.full_name)
 _MIB = 1024 * 1024
 # What a request carries beside its pixels: names, shapes, parameters.
 _MESSAGE_OVERHEAD_BYTES = 64 * 1024
@@ -123,12 +124,15 @@ class App:
         decoders = self._cleanup.enter_context(
             ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
         )
-        classifier = ClassifierServicer(
-            self._catalogue, boundary, decoders, settings.max_image_pixels
+        decoder = ImageDecoder(
+            decoders, usable_cpus(), settings.max_image_pixels, settings.max_queue_size
         )
-        inference = InferenceServicer(self._catalogue, boundary)
-        classifier_pb2_grpc.add_ClassifierServiceServicer_to_server(classifier, listener.server)
-        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(inference, listener.server)
+        inference = Inference(self._catalogue, decoder)
+        classifier = ClassifierServicer(self._catalogue, decoder, boundary)
+        oip = InferenceServicer(self._catalogue, inference, boundary)
+        listener.server.add_generic_rpc_handlers(
+            (handler_of(_CLASSIFIER, classifier), handler_of(_INFERENCE, oip))
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
 
     def _serve_model(self, model: ServedModel) -> None:

@@ -8,6 +8,7 @@
     │       └── VerificationError a file or an answer differs from what the manifest promises
     └── RequestError              whoever sent the request, or the server's state at that moment
         ├── InvalidRequestError   a field, tensor or image is wrong
+        ├── UnsupportedError      a feature of the protocol that is not offered here
         ├── ModelNotFoundError    no such model or version is served
         ├── OverloadedError       the queue is full
         ├── DeadlineExceededError the deadline passed before the batch was sealed
@@ -49,6 +50,10 @@ class RequestError(ConvoyError):
 
 class InvalidRequestError(RequestError):
     """A field, tensor or image of the request is wrong."""
+
+
+class UnsupportedError(RequestError):
+    """The request uses a feature of its protocol that this server does not offer."""
 
 
 class ModelNotFoundError(RequestError):

@@ -35,6 +35,8 @@ def decode_image(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) 
         with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             _check_size(image.size, max_pixels)
             pixels = np.asarray(_preprocess(image, preprocessing))  # [H, W, 3] uint8
+    except InvalidRequestError:
+        raise
     except UnidentifiedImageError:
         raise InvalidRequestError(
             f"image: expected a {', '.join(_FORMATS)} file, got {len(encoded)} other bytes"
@@ -46,6 +48,8 @@ def decode_image(encoded: bytes, preprocessing: Preprocessing, max_pixels: int) 
         ) from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InvalidRequestError(f"image: expected an intact file: {error}") from error
+    except Exception as error:  # a damaged file can make a decoder raise anything
+        raise InvalidRequestError("image: expected an intact file") from error
     return pixels[np.newaxis]
 
 
@@ -71,6 +75,9 @@ def _preprocess(image: Image.Image, steps: Preprocessing) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        # Pillow would clip the 16 bits to 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")

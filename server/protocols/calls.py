@@ -18,6 +18,7 @@ from server.errors import (
     OverloadedError,
     RequestError,
     UnavailableError,
+    UnsupportedError,
 )
 from server.loading import ServedModel
 from server.metrics import Outcome, RequestMetrics, ServerMetrics
@@ -26,6 +27,7 @@ logger = structlog.get_logger()
 
 STATUS_OF: dict[type[RequestError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    UnsupportedError: grpc.StatusCode.UNIMPLEMENTED,
     ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
     OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
     DeadlineExceededError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -40,6 +42,7 @@ _OUTCOME_OF = {
     grpc.StatusCode.DEADLINE_EXCEEDED: Outcome.DEADLINE,
     grpc.StatusCode.CANCELLED: Outcome.CANCELLED,
     grpc.StatusCode.INVALID_ARGUMENT: Outcome.INVALID,
+    grpc.StatusCode.UNIMPLEMENTED: Outcome.INVALID,
     grpc.StatusCode.NOT_FOUND: Outcome.INVALID,
     grpc.StatusCode.UNAVAILABLE: Outcome.UNAVAILABLE,
     grpc.StatusCode.INTERNAL: Outcome.BACKEND,
@@ -50,11 +53,13 @@ class Call:
     """One RPC that is being answered.
 
     Attributes:
+        started_s: When it came, on the batcher's clock.
         deadline_s: On the batcher's clock; infinity without one.
         requests: Counts it.
     """
 
-    def __init__(self, deadline_s: float, requests: RequestMetrics) -> None:
+    def __init__(self, started_s: float, deadline_s: float, requests: RequestMetrics) -> None:
+        self.started_s = started_s
         self.deadline_s = deadline_s
         self.requests = requests
 
@@ -62,6 +67,11 @@ class Call:
         """Names the model that the metrics count this call for, and returns it."""
         self.requests = model.requests
         return model
+
+    def within(self, timeout_s: float) -> float:
+        """Brings the deadline to at most so long after the call's arrival, and returns it."""
+        self.deadline_s = min(self.deadline_s, self.started_s + timeout_s)
+        return self.deadline_s
 
 
 class CallBoundary:
@@ -85,7 +95,7 @@ class CallBoundary:
         started_s = self._clock()
         remaining_s = context.time_remaining()
         deadline_s = float("inf") if remaining_s is None else started_s + remaining_s
-        call = Call(deadline_s, self._metrics.unknown_model)
+        call = Call(started_s, deadline_s, self._metrics.unknown_model)
         code = grpc.StatusCode.OK
         try:
             yield call

@@ -1,17 +1,14 @@
 """convoy.v1.ClassifierService: images in, classes out."""
 
-import asyncio
 import time
-from concurrent.futures import Executor
 
 import grpc
 import numpy as np
 
 from convoy.v1 import classifier_pb2 as pb
-from convoy.v1 import classifier_pb2_grpc
 from server.catalogue import ModelCatalogue
+from server.decoding import ImageDecoder
 from server.errors import InvalidRequestError
-from server.images import decode_image
 from server.loading import ServedModel
 from server.protocols.calls import CallBoundary
 from server.requests import Images, Prediction
@@ -19,27 +16,21 @@ from server.requests import Images, Prediction
 _NS_PER_S = 1_000_000_000
 
 
-class ClassifierServicer(classifier_pb2_grpc.ClassifierServiceServicer):
+class ClassifierServicer:
     """Answers Classify and ListModels.
 
     Args:
         catalogue: The models in service.
+        decoder: Brings image files to pixels.
         boundary: Turns errors into status codes.
-        decoders: Threads that decode images.
-        max_image_pixels: Larger encoded images are refused.
     """
 
     def __init__(
-        self,
-        catalogue: ModelCatalogue,
-        boundary: CallBoundary,
-        decoders: Executor,
-        max_image_pixels: int,
+        self, catalogue: ModelCatalogue, decoder: ImageDecoder, boundary: CallBoundary
     ) -> None:
         self._catalogue = catalogue
+        self._decoder = decoder
         self._boundary = boundary
-        self._decoders = decoders
-        self._max_image_pixels = max_image_pixels
 
     async def Classify(
         self,
@@ -50,7 +41,7 @@ class ClassifierServicer(classifier_pb2_grpc.ClassifierServiceServicer):
         async with self._boundary.answering("Classify", context) as call:
             model = call.uses(self._catalogue.find(request.model, request.version))
             started_s = time.monotonic()
-            images = await self._pixels(request, model)
+            images = await self._pixels(request, model, call.deadline_s)
             decode_s = time.monotonic() - started_s if request.HasField("encoded") else 0.0
             prediction = await model.batcher.infer(images, call.deadline_s)
             return _response(model, request.top_k, prediction, decode_s)
@@ -65,16 +56,13 @@ class ClassifierServicer(classifier_pb2_grpc.ClassifierServiceServicer):
             models = [_model_status(model, self._catalogue.ready) for model in self._catalogue]
             return pb.ListModelsResponse(models=models)
 
-    async def _pixels(self, request: pb.ClassifyRequest, model: ServedModel) -> Images:
+    async def _pixels(
+        self, request: pb.ClassifyRequest, model: ServedModel, deadline_s: float
+    ) -> Images:
         match request.WhichOneof("image"):
             case "encoded":
-                return await asyncio.get_running_loop().run_in_executor(
-                    self._decoders,
-                    decode_image,
-                    request.encoded,
-                    model.manifest.preprocessing,
-                    self._max_image_pixels,
-                )
+                steps = model.manifest.preprocessing
+                return await self._decoder.decode([request.encoded], steps, deadline_s)
             case "raw":
                 return _raw_pixels(request.raw, model)
             case _:

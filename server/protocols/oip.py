@@ -1,34 +1,40 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, version 2."""
 
-import re
-
 import grpc
 
 from convoy.oip.v2 import inference_pb2 as pb
-from convoy.oip.v2 import inference_pb2_grpc
 from server import SERVER_NAME, SERVER_VERSION
 from server.catalogue import ModelCatalogue
-from server.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
-from server.loading import ServedModel
+from server.errors import ModelNotFoundError, UnavailableError
 from server.manifest import TensorSpec
 from server.protocols.calls import CallBoundary
-from server.protocols.tensors import add_outputs, images_from, wanted_outputs
+from server.protocols.inference import Inference, InferenceQuery
+from server.protocols.oip_messages import (
+    add_outputs,
+    inputs_of,
+    parameters_of,
+    requested_outputs_of,
+)
+from server.protocols.options import read_options
 
 # Names of the protocol's extensions that work here.
-EXTENSIONS = ("binary_tensor_data",)
-_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+EXTENSIONS = ("classification", "schedule_policy", "binary_tensor_data", "parameters")
 
 
-class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
+class InferenceServicer:
     """Answers the protocol's six RPCs.
 
     Args:
         catalogue: The models in service.
+        inference: Runs their requests.
         boundary: Turns errors into status codes.
     """
 
-    def __init__(self, catalogue: ModelCatalogue, boundary: CallBoundary) -> None:
+    def __init__(
+        self, catalogue: ModelCatalogue, inference: Inference, boundary: CallBoundary
+    ) -> None:
         self._catalogue = catalogue
+        self._inference = inference
         self._boundary = boundary
 
     async def ServerLive(
@@ -57,7 +63,7 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         """Says whether a model can be used; an unknown one is not ready, which is no error."""
         async with self._boundary.answering("ModelReady", context) as call:
             try:
-                call.uses(self._find(request.name, request.version))
+                call.uses(self._inference.find(request.name, request.version))
             except (ModelNotFoundError, UnavailableError):
                 return pb.ModelReadyResponse(ready=False)
             return pb.ModelReadyResponse(ready=True)
@@ -80,7 +86,7 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> pb.ModelMetadataResponse:
         """Describes a model's tensors and what really runs it."""
         async with self._boundary.answering("ModelMetadata", context) as call:
-            model = call.uses(self._find(request.name, request.version))
+            model = call.uses(self._inference.find(request.name, request.version))
             return pb.ModelMetadataResponse(
                 name=model.name,
                 versions=[str(model.version)],
@@ -95,22 +101,23 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         request: pb.ModelInferRequest,
         context: grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse],
     ) -> pb.ModelInferResponse:
-        """Runs a batch of raw or typed image tensors."""
+        """Runs a batch of images, given as pixels or as files."""
         async with self._boundary.answering("ModelInfer", context) as call:
-            model = call.uses(self._find(request.model_name, request.model_version))
-            names = wanted_outputs(request, model.manifest)
-            images = images_from(request, model.manifest)
-            prediction = await model.batcher.infer(images, call.deadline_s)
-            reply = pb.ModelInferResponse(
-                model_name=model.name, model_version=str(model.version), id=request.id
+            query = InferenceQuery(
+                request.model_name,
+                request.model_version,
+                inputs_of(request),
+                requested_outputs_of(request),
+                read_options(parameters_of(request.parameters)),
             )
-            add_outputs(reply, names, prediction.outputs)
+            answer = await self._inference.answer(query, call)
+            reply = pb.ModelInferResponse(
+                model_name=answer.model.name,
+                model_version=str(answer.model.version),
+                id=request.id,
+            )
+            add_outputs(reply, answer.tensors)
             return reply
-
-    def _find(self, name: str, version: str) -> ServedModel:
-        if version and not _VERSION.fullmatch(version):
-            raise InvalidRequestError(f"version: expected a whole number above 0, got {version!r}")
-        return self._catalogue.find(name, int(version or 0))
 
 
 def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:

@@ -1,104 +1,148 @@
-"""Tensors of the Open Inference Protocol to arrays and back."""
+"""The Open Inference Protocol's input tensors to images, whichever face of the server took them in.
+
+A model has one input, in two forms: pixels, `UINT8 [N, H, W, 3]`, or image files, `BYTES [N]`. The
+datatype says which. Contents are raw (row-major; in BYTES each element after its length in four
+bytes, little-endian) or a sequence of elements.
+"""
 
 import math
-from collections.abc import Iterable
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from convoy.oip.v2 import inference_pb2 as pb
 from server.errors import InvalidRequestError
 from server.manifest import Manifest
-from server.requests import Images, Outputs, Scores
+from server.requests import Images
+
+PIXELS = "UINT8"
+ENCODED = "BYTES"
+_LENGTH = struct.Struct("<I")
+
+EncodedImages = tuple[bytes, ...]
 
 
-def images_from(request: pb.ModelInferRequest, manifest: Manifest) -> Images:
-    """Returns the request's image tensor as `[N, H, W, 3]`, a view of the message where it is raw.
+@dataclass(frozen=True, slots=True)
+class InputTensor:
+    """One input of a request.
+
+    Attributes:
+        data: Raw contents, or the elements in row-major order.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview | Sequence[int] | Sequence[bytes]
+
+
+def images_of(
+    inputs: Sequence[InputTensor], manifest: Manifest, max_images: int
+) -> Images | EncodedImages:
+    """Returns a request's pixels, a view of its raw contents, or its image files still to decode.
+
+    Args:
+        inputs: All of the request's inputs.
+        manifest: Of the model that was asked for.
+        max_images: The most that a request may bring.
 
     Raises:
         InvalidRequestError: Name, datatype, shape, count or contents are not those of the model.
     """
-    if len(request.inputs) != 1:
+    if len(inputs) != 1:
         raise InvalidRequestError(
-            f"inputs: expected 1 tensor named {manifest.input.name!r}, got {len(request.inputs)}"
+            f"inputs: expected 1 tensor named {manifest.input.name!r}, got {len(inputs)}"
         )
-    tensor = request.inputs[0]
-    _check_header(tensor, manifest)
-    count = math.prod(tensor.shape)
-    if request.raw_input_contents:
-        return _from_raw(request, count).reshape(tensor.shape)
-    return _from_typed(tensor, count).reshape(tensor.shape)
+    tensor = inputs[0]
+    check_header(tensor, manifest, max_images)
+    return _files(tensor) if tensor.datatype == ENCODED else _pixels(tensor)
 
 
-def _check_header(tensor: pb.ModelInferRequest.InferInputTensor, manifest: Manifest) -> None:
-    expected = manifest.input
-    if tensor.name != expected.name:
-        raise InvalidRequestError(
-            f"inputs[0].name: expected {expected.name!r}, got {tensor.name!r}"
-        )
-    if tensor.datatype != expected.datatype:
-        raise InvalidRequestError(
-            f"input {tensor.name!r}: datatype: expected {expected.datatype}, "
-            f"got {tensor.datatype!r}"
-        )
-    sample = manifest.sample_shape
-    if len(tensor.shape) != 4 or tuple(tensor.shape[1:]) != sample or tensor.shape[0] < 1:
-        raise InvalidRequestError(
-            f"input {tensor.name!r}: shape: expected {[-1, *sample]} with at least one image, "
-            f"got {list(tensor.shape)}"
-        )
-
-
-def _from_raw(request: pb.ModelInferRequest, count: int) -> Images:
-    name = request.inputs[0].name
-    if request.inputs[0].HasField("contents"):
-        raise InvalidRequestError(
-            f"input {name!r}: expected contents or raw_input_contents, got both"
-        )
-    if len(request.raw_input_contents) != 1:
-        raise InvalidRequestError(
-            f"raw_input_contents: expected 1 entry, got {len(request.raw_input_contents)}"
-        )
-    raw = request.raw_input_contents[0]
-    if len(raw) != count:
-        raise InvalidRequestError(
-            f"raw_input_contents[0]: input {name!r}: expected {count} bytes, got {len(raw)}"
-        )
-    return np.frombuffer(raw, np.uint8)
-
-
-def _from_typed(tensor: pb.ModelInferRequest.InferInputTensor, count: int) -> Images:
-    values = tensor.contents.uint_contents
-    if len(values) != count:
-        raise InvalidRequestError(
-            f"input {tensor.name!r}: contents.uint_contents: expected {count} values, "
-            f"got {len(values)}"
-        )
-    wide = np.fromiter(values, np.uint32, count)
-    if wide.max() > np.iinfo(np.uint8).max:
-        raise InvalidRequestError(
-            f"input {tensor.name!r}: contents.uint_contents: expected 0 to 255, got {wide.max()}"
-        )
-    return wide.astype(np.uint8)
-
-
-def wanted_outputs(request: pb.ModelInferRequest, manifest: Manifest) -> list[str]:
-    """Returns the names of the outputs to send, all of them where the request names none.
+def check_header(tensor: InputTensor, manifest: Manifest, max_images: int) -> None:
+    """Compares all but the contents with what the model takes.
 
     Raises:
-        InvalidRequestError: An output is named that the model has not.
+        InvalidRequestError: Name, datatype or shape are not those of the model.
     """
-    offered = [output.name for output in manifest.outputs]
-    wanted = [output.name for output in request.outputs]
-    for name in wanted:
-        if name not in offered:
-            raise InvalidRequestError(f"outputs: expected {' or '.join(offered)}, got {name!r}")
-    return wanted or offered
+    if tensor.name != manifest.input.name:
+        raise InvalidRequestError(
+            f"inputs[0].name: expected {manifest.input.name!r}, got {tensor.name!r}"
+        )
+    where, shape = f"input {tensor.name!r}", tensor.shape
+    match tensor.datatype:
+        case "UINT8":
+            sample = manifest.sample_shape
+            if len(shape) != 4 or shape[1:] != sample or shape[0] < 1:
+                raise InvalidRequestError(
+                    f"{where}: shape: expected {[-1, *sample]} with at least one image, "
+                    f"got {list(shape)}"
+                )
+        case "BYTES":
+            # Clients that think of a batch of scalars write [N, 1].
+            if not 1 <= len(shape) <= 2 or shape[1:] not in ((), (1,)) or shape[0] < 1:
+                raise InvalidRequestError(
+                    f"{where}: shape: expected [-1] with at least one image, got {list(shape)}"
+                )
+        case other:
+            raise InvalidRequestError(
+                f"{where}: datatype: expected {PIXELS} for pixels or {ENCODED} for image files, "
+                f"got {other!r}"
+            )
+    if shape[0] > max_images:
+        raise InvalidRequestError(
+            f"{where}: shape: expected 1 to {max_images} images, got {shape[0]}"
+        )
 
 
-def add_outputs(reply: pb.ModelInferResponse, names: Iterable[str], outputs: Outputs) -> None:
-    """Appends outputs to a reply as raw float32 tensors `[N, K]`."""
-    tensors: dict[str, Scores] = {"logits": outputs.logits, "probabilities": outputs.probabilities}
-    for name in names:
-        scores = tensors[name]
-        reply.outputs.add(name=name, datatype="FP32", shape=scores.shape)
-        reply.raw_output_contents.append(scores.astype("<f4", copy=False).tobytes())
+def _pixels(tensor: InputTensor) -> Images:
+    count = math.prod(tensor.shape)
+    if isinstance(tensor.data, bytes | memoryview):
+        _check_count(tensor, count, len(tensor.data), "bytes")
+        return np.frombuffer(tensor.data, np.uint8).reshape(tensor.shape)
+    _check_count(tensor, count, len(tensor.data), "values")
+    try:
+        # Refuses what is no whole number or beyond 8 bits, unlike the conversion of an array.
+        flat = np.frombuffer(bytes(tensor.data), np.uint8)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise InvalidRequestError(
+            f"input {tensor.name!r}: expected whole numbers from 0 to 255"
+        ) from None
+    return flat.reshape(tensor.shape)
+
+
+def _files(tensor: InputTensor) -> EncodedImages:
+    if isinstance(tensor.data, bytes | memoryview):
+        return _split(tensor, tensor.data)
+    files = tuple(element for element in tensor.data if isinstance(element, bytes))
+    _check_count(tensor, tensor.shape[0], len(files), "elements")
+    return files
+
+
+def _split(tensor: InputTensor, raw: bytes | memoryview) -> EncodedImages:
+    files, end = [], 0
+    for index in range(tensor.shape[0]):
+        start = end + _LENGTH.size
+        if start > len(raw):
+            raise InvalidRequestError(
+                f"input {tensor.name!r}: expected {tensor.shape[0]} elements, each after "
+                f"its length in {_LENGTH.size} bytes, got {index}"
+            )
+        (length,) = _LENGTH.unpack_from(raw, end)
+        end = start + length
+        if end > len(raw):
+            raise InvalidRequestError(
+                f"input {tensor.name!r}: element {index}: expected {length} bytes, "
+                f"got {len(raw) - start}"
+            )
+        files.append(bytes(raw[start:end]))
+    _check_count(tensor, end, len(raw), "bytes")
+    return tuple(files)
+
+
+def _check_count(tensor: InputTensor, expected: int, got: int, what: str) -> None:
+    if got != expected:
+        raise InvalidRequestError(
+            f"input {tensor.name!r}: shape {list(tensor.shape)}: expected {expected} {what}, "
+            f"got {got}"
+        )

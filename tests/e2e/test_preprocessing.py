@@ -29,6 +29,7 @@ def files(folder: Path) -> list[Path]:
     turned = Image.Exif()
     turned[0x0112] = 8
     photo, tall, small = photograph(301, 457), photograph(643, 211), photograph(17, 13)
+    deep = Image.fromarray(np.asarray(photo.convert("L")).astype(np.uint16) * 200)
     transparent = small.copy()
     transparent.putalpha(Image.linear_gradient("L").resize(small.size))
     saved = {
@@ -36,6 +37,7 @@ def files(folder: Path) -> list[Path]:
         "turned.jpg": (photo, {"exif": turned.tobytes()}),
         "cmyk.jpg": (tall.convert("CMYK"), {}),
         "grey.png": (tall.convert("L"), {}),
+        "deep.png": (deep, {}),
         "palette.gif": (photo, {}),
         "transparent.png": (transparent, {}),
         "picture.webp": (tall, {}),

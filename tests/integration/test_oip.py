@@ -1,7 +1,9 @@
 """The Open Inference Protocol against a real server process, by the generated stub."""
 
 import json
+import struct
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import grpc
@@ -96,6 +98,37 @@ def test_typed_contents_give_the_same_answer_as_raw(stub, golden):
     )
 
 
+def png_files(golden: dict[str, np.ndarray]) -> list[bytes]:
+    return [golden["encoded"][a:b].tobytes() for a, b in pairwise(golden["encoded_offsets"])]
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_image_files_give_the_same_answer_as_their_pixels(stub, golden, raw):
+    files = png_files(golden)[:5]
+    request = pb.ModelInferRequest(model_name="digits")
+    tensor = request.inputs.add(name="image", datatype="BYTES", shape=[5])
+    if raw:
+        request.raw_input_contents.append(
+            b"".join(struct.pack("<I", len(file)) + file for file in files)
+        )
+    else:
+        tensor.contents.bytes_contents.extend(files)
+    by_pixels = stub.ModelInfer(infer_request(golden["images"][:5]))
+    np.testing.assert_array_equal(
+        outputs_of(stub.ModelInfer(request))["logits"], outputs_of(by_pixels)["logits"]
+    )
+
+
+def test_a_damaged_file_is_named_by_its_place(stub, golden):
+    files = png_files(golden)[:3]
+    request = pb.ModelInferRequest(model_name="digits")
+    tensor = request.inputs.add(name="image", datatype="BYTES", shape=[3])
+    tensor.contents.bytes_contents.extend([*files[:2], files[2][:-40]])
+    with pytest.raises(grpc.RpcError, match="image 2: image: expected an intact file") as caught:
+        stub.ModelInfer(request)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 def test_only_requested_outputs_come_back(stub, golden):
     request = infer_request(golden["images"][:1], outputs=[{"name": "probabilities"}])
     assert list(outputs_of(stub.ModelInfer(request))) == ["probabilities"]
@@ -128,7 +161,11 @@ def _reshape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
         ),
         (lambda r: setattr(r, "model_version", "9"), "NOT_FOUND", "served in version 1, got 9"),
         (lambda r: setattr(r, "model_version", "new"), "INVALID_ARGUMENT", "version: .* got 'new'"),
-        (lambda r: r.ClearField("inputs"), "INVALID_ARGUMENT", "inputs: expected 1 .* got 0"),
+        (
+            lambda r: (r.ClearField("inputs"), r.ClearField("raw_input_contents")),
+            "INVALID_ARGUMENT",
+            "inputs: expected 1 .* got 0",
+        ),
         (
             lambda r: setattr(r.inputs[0], "name", "x"),
             "INVALID_ARGUMENT",
@@ -137,11 +174,11 @@ def _reshape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
         (
             lambda r: setattr(r.inputs[0], "datatype", "FP32"),
             "INVALID_ARGUMENT",
-            "'image': datatype: expected UINT8, got 'FP32'",
+            "'image': datatype: expected UINT8 for pixels or BYTES .* got 'FP32'",
         ),
         (_reshape(1, 28, 28, 3), "INVALID_ARGUMENT", r"shape: expected \[-1, 32, 32, 3\]"),
         (_reshape(-1, 32, 32, 3), "INVALID_ARGUMENT", "shape: expected"),
-        (_reshape(2**62, 32, 32, 3), "INVALID_ARGUMENT", "bytes, got 3072"),
+        (_reshape(2**62, 32, 32, 3), "INVALID_ARGUMENT", "expected 1 to 32 images"),
         (_reshape(2, 32, 32, 3), "INVALID_ARGUMENT", "expected 6144 bytes, got 3072"),
         (
             lambda r: r.raw_input_contents.append(b""),
@@ -159,6 +196,30 @@ def _reshape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
             "expected 3072 values, got 0",
         ),
         (
+            lambda r: r.parameters["triton_new"].CopyFrom(pb.InferParameter(bool_param=True)),
+            "INVALID_ARGUMENT",
+            "'triton_new' is reserved",
+        ),
+        (
+            lambda r: r.parameters["priority"].CopyFrom(pb.InferParameter(string_param="1")),
+            "INVALID_ARGUMENT",
+            "priority: expected a whole number, got '1'",
+        ),
+        (
+            lambda r: r.parameters["priority"].CopyFrom(pb.InferParameter()),
+            "INVALID_ARGUMENT",
+            "priority: expected a value, got none",
+        ),
+        (
+            lambda r: (
+                r.inputs[0]
+                .parameters["shared_memory_region"]
+                .CopyFrom(pb.InferParameter(string_param="region"))
+            ),
+            "UNIMPLEMENTED",
+            "shared memory is not offered",
+        ),
+        (
             lambda r: r.outputs.add(name="loss"),
             "INVALID_ARGUMENT",
             "outputs: expected logits or probabilities, got 'loss'",
@@ -171,11 +232,19 @@ def test_a_wrong_request_is_told_what_is_wrong(stub, golden, edit, code, message
     assert caught.value.code().name == code
 
 
+@pytest.mark.parametrize("method", ["RepositoryIndex", "RepositoryModelLoad"])
+def test_the_repository_is_not_managed_on_this_port(stub, method):
+    request = getattr(pb, f"{method}Request")()
+    with pytest.raises(grpc.RpcError) as caught:
+        getattr(stub, method)(request)
+    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 def test_typed_values_beyond_a_byte_are_refused(stub):
     request = pb.ModelInferRequest(model_name="digits")
     tensor = request.inputs.add(name="image", datatype="UINT8", shape=[1, 32, 32, 3])
     tensor.contents.uint_contents.extend([256] * 3072)
-    with pytest.raises(grpc.RpcError, match="expected 0 to 255, got 256") as caught:
+    with pytest.raises(grpc.RpcError, match="expected whole numbers from 0 to 255") as caught:
         stub.ModelInfer(request)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 

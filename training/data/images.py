@@ -58,6 +58,9 @@ def preprocess(image: Image.Image, steps: Preprocessing) -> NDArray[np.uint8]:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Eight bits a channel; transparent pixels go over black."""
+    if image.mode.startswith("I;16"):
+        # Pillow would clip the 16 bits to 255 instead of scaling them.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         return Image.alpha_composite(black, image.convert("RGBA")).convert("RGB")

@@ -1,0 +1,99 @@
+"""One inference of the Open Inference Protocol, for every face of the server that speaks it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.catalogue import ModelCatalogue
+from server.decoding import ImageDecoder
+from server.errors import InvalidRequestError
+from server.loading import ServedModel
+from server.protocols.options import DEFAULT_OPTIONS, RequestOptions
+from server.protocols.outputs import (
+    OutputTensor,
+    RequestedOutput,
+    output_tensors,
+    wanted_outputs,
+)
+from server.protocols.tensors import InputTensor, images_of
+
+_VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+
+class Call(Protocol):
+    """What the way a request came in knows about it."""
+
+    deadline_s: float
+
+    def uses(self, model: ServedModel) -> ServedModel:
+        """Names the model that the call is counted for, and returns it."""
+
+    def within(self, timeout_s: float) -> float:
+        """Brings the deadline to at most so long after the request's arrival, and returns it."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceQuery:
+    """What a request asks for.
+
+    Attributes:
+        version: Empty for the one that the server's policy names.
+        outputs: Empty for all.
+    """
+
+    model: str
+    version: str
+    inputs: Sequence[InputTensor]
+    outputs: Sequence[RequestedOutput] = ()
+    options: RequestOptions = DEFAULT_OPTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceAnswer:
+    """The answer, with the version that gave it."""
+
+    model: ServedModel
+    tensors: Sequence[OutputTensor]
+
+
+class Inference:
+    """Answers requests of the Open Inference Protocol.
+
+    Args:
+        catalogue: The models in service.
+        decoder: Brings image files to pixels.
+    """
+
+    def __init__(self, catalogue: ModelCatalogue, decoder: ImageDecoder) -> None:
+        self._catalogue = catalogue
+        self._decoder = decoder
+
+    def find(self, name: str, version: str) -> ServedModel:
+        """Returns the model for a request; an empty version is the one the policy names.
+
+        Raises:
+            InvalidRequestError: The version is no number.
+            UnavailableError: The server starts or drains.
+            ModelNotFoundError: There is no such model or version.
+        """
+        if version and not _VERSION.fullmatch(version):
+            raise InvalidRequestError(f"version: expected a whole number above 0, got {version!r}")
+        return self._catalogue.find(name, int(version or 0))
+
+    async def answer(self, query: InferenceQuery, call: Call) -> InferenceAnswer:
+        """Runs a request's images and returns the outputs it wants.
+
+        Raises:
+            RequestError: It cannot be answered.
+        """
+        model = call.uses(self.find(query.model, query.version))
+        wanted = wanted_outputs(query.outputs, model.manifest)
+        images = images_of(query.inputs, model.manifest, model.batcher.limits.max_batch_size)
+        deadline_s = call.within(query.options.timeout_s)
+        if isinstance(images, tuple):
+            steps = model.manifest.preprocessing
+            images = await self._decoder.decode(images, steps, deadline_s)
+        prediction = await model.batcher.infer(images, deadline_s)
+        tensors = output_tensors(wanted, prediction.outputs, model.manifest.labels)
+        return InferenceAnswer(model, tensors)
