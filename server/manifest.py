@@ -33,11 +33,13 @@ class ArtefactFormat(Enum):
 
     ONNX = "onnx"
     TORCHSCRIPT = "torchscript"
+    EXPORTED_PROGRAM = "exported-program"
 
 
 _FORMATS = {
     pb.ARTEFACT_FORMAT_ONNX: ArtefactFormat.ONNX,
     pb.ARTEFACT_FORMAT_TORCHSCRIPT: ArtefactFormat.TORCHSCRIPT,
+    pb.ARTEFACT_FORMAT_EXPORTED_PROGRAM: ArtefactFormat.EXPORTED_PROGRAM,
 }
 _PRECISIONS = {
     pb.PRECISION_UNSPECIFIED: "fp32",

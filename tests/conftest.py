@@ -21,9 +21,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def repository(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model repository with `digits` in version 1, written by convoy-export."""
+    """A model repository with `digits` in version 1, written by convoy-export in every format."""
     folder = tmp_path_factory.mktemp("repository")
-    exported = run_module("export", checkpoint, "--repository", folder, "--name", "digits")
+    formats = [f"--format={name}" for name in ("onnx", "torchscript", "exported-program")]
+    exported = run_module(
+        "export", checkpoint, "--repository", folder, "--name", "digits", *formats
+    )
     assert exported.returncode == 0, exported.stderr
     return folder
 

@@ -47,3 +47,7 @@ def load_backend(format_: ArtefactFormat, path: Path, device: Device, threads: i
             from server.backends.torchscript import TorchScriptBackend
 
             return TorchScriptBackend(path, device, threads)
+        case ArtefactFormat.EXPORTED_PROGRAM:
+            from server.backends.exported_program import ExportedProgramBackend
+
+            return ExportedProgramBackend(path, device, threads)

@@ -27,6 +27,7 @@ def logits_of(server: ServerProcess, images: np.ndarray) -> np.ndarray:
     [
         ("onnx", "onnx_onnxv1", "CPUExecutionProvider"),
         ("torchscript", "pytorch_torchscript", "torch-cpu"),
+        ("exported-program", "pytorch_exported_program", "torch-cpu"),
     ],
 )
 def test_each_backend_serves_the_logits_of_the_eager_net(repository, backend, platform, provider):

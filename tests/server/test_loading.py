@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from server.backends import load_backend
 from server.backends.devices import Device, choose_device, count_cuda_devices, usable_cpus
 from server.backends.onnx import OnnxBackend
 from server.batcher import BatchingLimits
@@ -79,3 +80,11 @@ def test_usable_cpus_follow_the_affinity():
         assert usable_cpus() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def test_a_file_that_is_no_exported_program_is_refused(tmp_path):
+    (tmp_path / "model.pt2").write_bytes(b"not an archive")
+    with pytest.raises(RepositoryError, match=r"model\.pt2: torch cannot load it"):
+        load_backend(
+            ArtefactFormat.EXPORTED_PROGRAM, tmp_path / "model.pt2", Device("cpu"), threads=1
+        )

@@ -1,0 +1,42 @@
+"""torch.export's archives (.pt2), TorchScript's successor, on CPU or CUDA."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch.export.passes import move_to_device_pass
+
+from server.backends.devices import Device
+from server.errors import DeviceError, RepositoryError
+from server.requests import Images, Outputs
+
+
+class ExportedProgramBackend:
+    """An ExportedProgram that maps images to the tuple (logits, probabilities)."""
+
+    platform = "pytorch_exported_program"
+
+    def __init__(self, path: Path, device: Device, threads: int) -> None:
+        if device.kind == "cuda" and not torch.cuda.is_available():
+            raise DeviceError(f"device {device}: torch cannot use CUDA here")
+        torch.set_num_threads(threads)
+        self._device = torch.device(str(device))
+        try:
+            with warnings.catch_warnings():
+                # torch 2.11 warns about how it reads its own file.
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                program = torch.export.load(path)
+        # What is thrown at a broken archive depends on how it is broken.
+        except Exception as error:
+            raise RepositoryError(f"{path.name}: torch cannot load it") from error
+        # The graph names the device that it was exported on.
+        self._module = move_to_device_pass(program, self._device).module()
+        self.device = str(device)
+        self.provider = f"torch-{self._device.type}"
+
+    def run(self, images: Images) -> Outputs:
+        """Runs a batch `[N, H, W, 3]`."""
+        with torch.inference_mode():
+            batch = torch.from_numpy(images).to(self._device)
+            logits, probabilities = self._module(batch)
+            return Outputs(logits.cpu().numpy(), probabilities.cpu().numpy())
