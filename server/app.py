@@ -43,6 +43,8 @@ _SERVICES = (_CLASSIFIER.full_name, _INFERENCE.full_name)
 _MIB = 1024 * 1024
 # What a request carries beside its pixels: names, shapes, parameters.
 _MESSAGE_OVERHEAD_BYTES = 64 * 1024
+# Larger batches bring no device a better pace that is worth their latency.
+_MAX_BATCH_SIZE = 256
 
 
 class App:
@@ -173,13 +175,13 @@ async def serve(settings: ServerSettings, registry: CollectorRegistry) -> None:
 
 
 def _max_message_bytes(settings: ServerSettings, versions: list[ModelVersion]) -> int:
-    """A full batch of the largest model must fit into one message."""
+    """The largest request for the largest images must fit into one message."""
     largest = max(
         height * width * channels
         for height, width, channels in (version.manifest.sample_shape for version in versions)
     )
-    full_batch = settings.max_batch_size * largest + _MESSAGE_OVERHEAD_BYTES
-    return max(int(settings.max_message_mb * _MIB), full_batch)
+    largest_request = settings.max_request_images * largest + _MESSAGE_OVERHEAD_BYTES
+    return max(int(settings.max_message_mb * _MIB), largest_request)
 
 
 def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:
@@ -187,10 +189,14 @@ def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:
     automatic = 1 if device.kind == "cuda" else min(2, cpus)
     instances = settings.instances or automatic
     limits = BatchingLimits(
-        max_batch_size=settings.max_batch_size,
+        max_batch_size=settings.max_batch_size or _MAX_BATCH_SIZE,
         max_queue_size=settings.max_queue_size,
         max_queue_delay_s=settings.max_queue_delay_ms / 1000,
         instances=instances,
+        max_queue_bytes=int(settings.max_queue_mb * _MIB),
+        max_request_images=settings.max_request_images,
+        max_client_share=settings.max_client_share,
+        hang_timeout_s=settings.hang_timeout_s,
     )
     required = settings.require_signature
     return LoadOptions(
@@ -198,5 +204,6 @@ def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:
         device,
         threads=max(1, cpus // instances),
         limits=limits,
+        slo_s=settings.slo_ms / 1000 or float("inf"),
         public_key=read_public_key(required) if required else None,
     )

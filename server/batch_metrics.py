@@ -1,10 +1,21 @@
 """What batches tell: the observer that every batcher reports to."""
 
+from collections.abc import Callable
+
+import numpy as np
+
+from server.batcher import BatcherSnapshot, BatchingLimits, BatchReport
 from server.manifest import Manifest
 from server.metrics import DURATION_BUCKETS_S, VersionFamilies
-from server.requests import Batch
+from server.requests import Outcome, Outputs
 
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+# A batch that ran faster than predicted is below zero.
+ERROR_BUCKETS_S = (
+    *(-0.1, -0.025, -0.01, -0.005, -0.0025, -0.001, -0.0005, 0.0),
+    *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1),
+)
+CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 class BatchFamilies:
@@ -21,40 +32,99 @@ class BatchFamilies:
             "Time a batch took on the device, transfers included.",
             DURATION_BUCKETS_S,
         )
+        self.error = families.histogram(
+            "convoy_predicted_minus_actual_batch_seconds",
+            "Time that was predicted for a batch, less what it took.",
+            ERROR_BUCKETS_S,
+        )
         self.batch_size = families.histogram(
             "convoy_batch_size_images", "Images in a batch.", BATCH_SIZE_BUCKETS
         )
-        self.queued = families.gauge("convoy_queued_images", "Images that wait for a batch.")
+        self.padded = families.counter(
+            "convoy_padded_images_total", "Images run beyond the requests' own, to fill a bucket."
+        )
+        self.wasted = families.counter(
+            "convoy_wasted_images_total", "Images run whose caller had left by the end."
+        )
         self.failed = families.counter(
-            "convoy_failed_batches_total", "Batches that the model failed on."
+            "convoy_failed_batches_total", "Batches, or halves of one, that the model failed on."
+        )
+        self.queued = families.gauge("convoy_queued_images", "Images that wait for a batch.")
+        self.queued_bytes = families.gauge("convoy_queued_bytes", "Bytes of pixels that wait.")
+        self.queue_limit = families.gauge("convoy_queue_limit_images", "Images that may wait.")
+        self.instances = families.gauge("convoy_instances", "Threads that run batches.")
+        self.busy = families.gauge("convoy_instances_busy", "Threads that run a batch.")
+        self.confidence = families.histogram(
+            "convoy_top1_confidence",
+            "Probability of the class that was predicted, by image.",
+            CONFIDENCE_BUCKETS,
+        )
+        self.predicted = families.counter(
+            "convoy_predicted_class_total", "Images by the class that was predicted.", ["label"]
         )
 
-    def observer(self, manifest: Manifest) -> "BatchMetrics":
+    def observer(self, manifest: Manifest, limits: BatchingLimits) -> "BatchMetrics":
         """Returns the observer for the batcher of one version."""
-        return BatchMetrics(self, manifest.name, str(manifest.version))
+        return BatchMetrics(self, manifest, limits)
 
 
 class BatchMetrics:
     """One version's share of the metrics; resolves the labels once."""
 
-    def __init__(self, families: BatchFamilies, model: str, version: str) -> None:
-        self._queue = families.queue.labels(model, version)
-        self._inference = families.inference.labels(model, version)
-        self._batch_size = families.batch_size.labels(model, version)
-        self._queued = families.queued.labels(model, version)
-        self._failed = families.failed.labels(model, version)
+    def __init__(self, families: BatchFamilies, manifest: Manifest, limits: BatchingLimits) -> None:
+        labels = (manifest.name, str(manifest.version))
+        self._queue = families.queue.labels(*labels)
+        self._inference = families.inference.labels(*labels)
+        self._error = families.error.labels(*labels)
+        self._batch_size = families.batch_size.labels(*labels)
+        self._padded = families.padded.labels(*labels)
+        self._wasted = families.wasted.labels(*labels)
+        self._failed = families.failed.labels(*labels)
+        self._confidence = families.confidence.labels(*labels)
+        self._predicted = [families.predicted.labels(*labels, label) for label in manifest.labels]
+        self._families = families
+        self._labels = labels
+        families.queue_limit.labels(*labels).set(limits.max_queue_size)
+        families.instances.labels(*labels).set(limits.instances)
 
-    def batch_finished(self, batch: Batch, inference_s: float) -> None:
+    def follow(self, snapshot: Callable[[], BatcherSnapshot]) -> None:
+        """Shows what the batcher holds whenever somebody looks."""
+        families, labels = self._families, self._labels
+        families.queued.labels(*labels).set_function(lambda: snapshot().queued_images)
+        families.queued_bytes.labels(*labels).set_function(lambda: snapshot().queued_bytes)
+        families.busy.labels(*labels).set_function(lambda: snapshot().busy_instances)
+
+    def batch_finished(self, report: BatchReport) -> None:
         """A batch was run and its requests were answered."""
-        self._inference.observe(inference_s)
-        self._batch_size.observe(batch.size)
-        for request in batch.requests:
-            self._queue.observe(batch.sealed_at_s - request.enqueued_at_s)
+        self._inference.observe(report.inference_s)
+        if report.predicted_s:
+            self._error.observe(report.predicted_s - report.inference_s)
+        self._batch_size.observe(report.size)
+        for queue_s in report.queue_s:
+            self._queue.observe(queue_s)
+        if report.padded_images:
+            self._padded.inc(report.padded_images)
+        if report.wasted_images:
+            self._wasted.inc(report.wasted_images)
+        self._count_classes(report.outputs)
 
-    def batch_failed(self) -> None:
-        """The model failed on a batch."""
+    def batch_failed(self, error: Exception) -> None:
+        """The model failed on a batch, or on a part of one."""
         self._failed.inc()
 
-    def queue_changed(self, images: int) -> None:
-        """So many images wait now."""
-        self._queued.set(images)
+    def request_refused(self, outcome: Outcome) -> None:
+        """The protocols count outcomes, once for each call."""
+
+    def ceiling_lowered(self, max_batch_size: int) -> None:
+        """The batcher logs it."""
+
+    def health_changed(self, healthy: bool) -> None:
+        """The batcher logs it."""
+
+    def _count_classes(self, outputs: Outputs) -> None:
+        best = outputs.probabilities.argmax(axis=1)
+        counts = np.bincount(best)
+        for index in counts.nonzero()[0].tolist():
+            self._predicted[index].inc(int(counts[index]))
+        for confidence in outputs.probabilities.max(axis=1).tolist():
+            self._confidence.observe(confidence)

@@ -6,12 +6,13 @@
     │   └── RepositoryError       the model repository, or one version in it
     │       ├── ManifestError     the manifest is missing, malformed or from another schema
     │       └── VerificationError a file or an answer differs from what the manifest promises
+    ├── DeviceMemoryError         the device had no memory for a batch; smaller ones are tried
     └── RequestError              whoever sent the request, or the server's state at that moment
         ├── InvalidRequestError   a field, tensor or image is wrong
         ├── UnsupportedError      a feature of the protocol that is not offered here
         ├── ModelNotFoundError    no such model or version is served
         ├── OverloadedError       the queue is full
-        ├── DeadlineExceededError the deadline passed before the batch was sealed
+        ├── DeadlineExceededError the answer would come, or did not come, before the deadline
         ├── UnavailableError      starting, draining or shut down
         └── InferenceError        the model itself failed
 
@@ -44,6 +45,10 @@ class VerificationError(RepositoryError):
     """A file or an answer differs from what the manifest promises."""
 
 
+class DeviceMemoryError(ConvoyError):
+    """The device had no memory for a batch."""
+
+
 class RequestError(ConvoyError):
     """One request cannot be answered."""
 
@@ -61,11 +66,19 @@ class ModelNotFoundError(RequestError):
 
 
 class OverloadedError(RequestError):
-    """The queue holds as many images as it may."""
+    """The queue holds as many images as it may.
+
+    Attributes:
+        retry_after_s: When it is expected to have room again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class DeadlineExceededError(RequestError):
-    """The request's deadline passed before its batch was sealed."""
+    """The request cannot be answered before its deadline, or was not."""
 
 
 class UnavailableError(RequestError):

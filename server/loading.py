@@ -1,7 +1,7 @@
 """Brings a version of the repository into service: verify, load, warm up, check its answers."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from server.manifest import ArtefactFormat, Manifest
 from server.metrics import RequestMetrics, RunsOn, ServerMetrics
 from server.repository import ModelVersion
 from server.signing import verify_signature
+from server.warmup import warm_up
 
 logger = structlog.get_logger()
 
@@ -28,6 +29,8 @@ class LoadOptions:
     Attributes:
         format: The artefact to run.
         threads: CPU threads for one batch.
+        limits: What a batcher may hold; its batch size is an upper bound.
+        slo_s: In which time a request is to be answered; bounds the batch size too.
         public_key: Whose signature every version must bear; None asks for none.
     """
 
@@ -35,6 +38,7 @@ class LoadOptions:
     device: Device
     threads: int
     limits: BatchingLimits
+    slo_s: float = float("inf")
     public_key: Ed25519PublicKey | None = None
 
 
@@ -105,12 +109,15 @@ class ModelLoader:
         path = version.verified_file(artefact.file)
         backend = load_backend(options.format, path, options.device, options.threads)
         warming_s = time.monotonic()
-        _warm_up(backend, manifest, options.limits.max_batch_size)
+        latency = warm_up(backend, manifest.sample_shape, options.limits.max_batch_size)
+        limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
         warmup_s = time.monotonic() - warming_s
         _check_golden_samples(backend, manifest, samples, artefact.tolerance)
+        observer = self._batches.observer(manifest, limits)
         batcher = DynamicBatcher(
-            backend.run, manifest.sample_shape, options.limits, self._batches.observer(manifest)
+            backend.run, manifest.sample_shape, limits, observer, latency=latency
         )
+        observer.follow(batcher.snapshot)
         load_s = time.monotonic() - started_s
         self._metrics.models.loaded(manifest.name, manifest.version, load_s, warmup_s)
         logger.info(
@@ -119,19 +126,11 @@ class ModelLoader:
             version=manifest.version,
             device=backend.device,
             provider=backend.provider,
+            max_batch_size=limits.max_batch_size,
             load_s=round(load_s, 3),
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
         return ServedModel(manifest, options.format, backend, batcher, requests)
-
-
-def _warm_up(backend: Backend, manifest: Manifest, max_batch_size: int) -> None:
-    """Runs every power of two up to the largest batch, so that no request pays for a first run."""
-    size = 1
-    while size < 2 * max_batch_size:
-        batch = min(size, max_batch_size)
-        backend.run(np.zeros((batch, *manifest.sample_shape), np.uint8))
-        size *= 2
 
 
 def _check_golden_samples(

@@ -7,9 +7,10 @@ codes, the outcomes; a name that a caller made up never becomes a label. What a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from server.requests import Outcome
 
 # 0.25 ms to 10 s: a small net on a warm server to a large one under overload.
 DURATION_BUCKETS_S = (
@@ -21,18 +22,6 @@ SLACK_BUCKETS_S = (
     *(-1.0, -0.1, -0.01, 0.0, 0.001, 0.0025, 0.005, 0.01),
     *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
 )
-
-
-class Outcome(Enum):
-    """How a request for inference ended; the values are the label `reason`."""
-
-    OK = "ok"
-    FULL = "full"
-    DEADLINE = "deadline"
-    CANCELLED = "cancelled"
-    INVALID = "invalid"
-    UNAVAILABLE = "unavailable"
-    BACKEND = "backend"
 
 
 class VersionFamilies:

@@ -67,12 +67,25 @@ class ServerSettings(BaseSettings):
     backend: Literal["onnx", "torchscript", "exported-program"] = Field(
         "onnx", description="Which artefact runs. On a CPU onnx is the faster; it needs no torch."
     )
+    slo_ms: float = Field(
+        0.0,
+        ge=0,
+        description="Milliseconds in which a request is to be answered after it came; a caller's "
+        "earlier deadline stands. What cannot be answered in time is refused at once with "
+        "DEADLINE_EXCEEDED, and batches are no larger than it allows. 0: callers' deadlines only.",
+    )
     max_batch_size: int = Field(
-        32,
-        ge=1,
+        0,
+        ge=0,
         le=4096,
-        description="Images in one batch, and the most that one request may bring. Larger batches "
-        "use a GPU better and make each request in them wait longer.",
+        description="Upper bound of the images in one batch. 0: the server measures at start which "
+        "size is worth it; within the bound it does so as well.",
+    )
+    max_request_images: int = Field(
+        256,
+        ge=1,
+        le=65536,
+        description="Images that one request may bring; it is split over batches.",
     )
     max_queue_delay_ms: float = Field(
         0.0,
@@ -85,6 +98,22 @@ class ServerSettings(BaseSettings):
         ge=1,
         description="Images that may wait per model. Further requests are refused at once with "
         "RESOURCE_EXHAUSTED; a longer queue means later answers, not more of them.",
+    )
+    max_queue_mb: float = Field(
+        256.0, gt=0, description="MiB of pixels that may wait per model, refused likewise beyond."
+    )
+    max_client_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Part of the queue that the requests of one client may hold, where it says who "
+        "it is.",
+    )
+    hang_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds after which a run on the device is taken for dead: the model reports "
+        "NOT_SERVING and whoever waits for it gets UNAVAILABLE.",
     )
     instances: int = Field(
         0,

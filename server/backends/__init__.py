@@ -15,14 +15,21 @@ class Backend(Protocol):
         platform: The runtime's name in the Open Inference Protocol, e.g. "onnx_onnxv1".
         device: Where it really runs, as the runtime reports it: "cpu", "cuda:0".
         provider: What executes it, as the runtime reports it, e.g. "CUDAExecutionProvider".
+        fixed_shapes: Whether the device prepares itself for each batch size it has not met, so that
+            batches are better padded to one it has.
     """
 
     platform: str
     device: str
     provider: str
+    fixed_shapes: bool
 
     def run(self, images: Images) -> Outputs:
-        """Runs a batch `[N, H, W, 3]`; safe to call from several threads at once."""
+        """Runs a batch `[N, H, W, 3]`; safe to call from several threads at once.
+
+        Raises:
+            DeviceMemoryError: The device has no memory for a batch of this size.
+        """
 
 
 def load_backend(format_: ArtefactFormat, path: Path, device: Device, threads: int) -> Backend:

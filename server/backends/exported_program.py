@@ -7,6 +7,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from server.backends.devices import Device
+from server.backends.torch_run import run_module
 from server.errors import DeviceError, RepositoryError
 from server.requests import Images, Outputs
 
@@ -32,11 +33,9 @@ class ExportedProgramBackend:
         # The graph names the device that it was exported on.
         self._module = move_to_device_pass(program, self._device).module()
         self.device = str(device)
+        self.fixed_shapes = device.kind == "cuda"
         self.provider = f"torch-{self._device.type}"
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`."""
-        with torch.inference_mode():
-            batch = torch.from_numpy(images).to(self._device)
-            logits, probabilities = self._module(batch)
-            return Outputs(logits.cpu().numpy(), probabilities.cpu().numpy())
+        return run_module(self._module, images, self._device)

@@ -1,16 +1,19 @@
 """ONNX Runtime on CPU or CUDA."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
 
 from server.backends.devices import Device
-from server.errors import DeviceError, RepositoryError
+from server.errors import DeviceError, DeviceMemoryError, RepositoryError
 from server.requests import Images, Outputs
 
 _CPU_PROVIDER = "CPUExecutionProvider"
 _CUDA_PROVIDER = "CUDAExecutionProvider"
+# What its arena, CUDA and cuDNN say; there is no exception type for it.
+_OUT_OF_MEMORY = re.compile(r"Failed to allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class OnnxBackend:
@@ -41,13 +44,19 @@ class OnnxBackend:
                 f"device {device}: expected {wanted}, ONNX Runtime took {self.provider}"
             )
         self.device = str(device)
+        self.fixed_shapes = device.kind == "cuda"
         self._input = self._session.get_inputs()[0].name
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`."""
-        logits, probabilities = self._session.run(
-            ["logits", "probabilities"], {self._input: images}
-        )
+        try:
+            logits, probabilities = self._session.run(
+                ["logits", "probabilities"], {self._input: images}
+            )
+        except Exception as error:
+            if _OUT_OF_MEMORY.search(str(error)):
+                raise DeviceMemoryError(f"no memory for {len(images)} images") from error
+            raise
         return Outputs(logits, probabilities)
 
 

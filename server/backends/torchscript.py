@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from server.backends.devices import Device
+from server.backends.torch_run import run_module
 from server.errors import DeviceError, RepositoryError
 from server.requests import Images, Outputs
 
@@ -31,11 +32,9 @@ class TorchScriptBackend:
             raise RepositoryError(f"{path.name}: torch cannot load it") from error
         self._module = module.eval()
         self.device = str(device)
+        self.fixed_shapes = device.kind == "cuda"
         self.provider = f"torch-{self._device.type}"
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`."""
-        with torch.inference_mode():
-            batch = torch.from_numpy(images).to(self._device)
-            logits, probabilities = self._module(batch)
-            return Outputs(logits.cpu().numpy(), probabilities.cpu().numpy())
+        return run_module(self._module, images, self._device)

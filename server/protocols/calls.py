@@ -21,7 +21,8 @@ from server.errors import (
     UnsupportedError,
 )
 from server.loading import ServedModel
-from server.metrics import Outcome, RequestMetrics, ServerMetrics
+from server.metrics import RequestMetrics, ServerMetrics
+from server.requests import Outcome
 
 logger = structlog.get_logger()
 

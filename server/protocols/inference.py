@@ -89,11 +89,11 @@ class Inference:
         """
         model = call.uses(self.find(query.model, query.version))
         wanted = wanted_outputs(query.outputs, model.manifest)
-        images = images_of(query.inputs, model.manifest, model.batcher.limits.max_batch_size)
+        images = images_of(query.inputs, model.manifest, model.batcher.limits.max_request_images)
         deadline_s = call.within(query.options.timeout_s)
         if isinstance(images, tuple):
             steps = model.manifest.preprocessing
             images = await self._decoder.decode(images, steps, deadline_s)
-        prediction = await model.batcher.infer(images, deadline_s)
+        prediction = await model.batcher.infer(images, deadline_s, query.options.priority)
         tensors = output_tensors(wanted, prediction.outputs, model.manifest.labels)
         return InferenceAnswer(model, tensors)

@@ -178,7 +178,7 @@ def _reshape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
         ),
         (_reshape(1, 28, 28, 3), "INVALID_ARGUMENT", r"shape: expected \[-1, 32, 32, 3\]"),
         (_reshape(-1, 32, 32, 3), "INVALID_ARGUMENT", "shape: expected"),
-        (_reshape(2**62, 32, 32, 3), "INVALID_ARGUMENT", "expected 1 to 32 images"),
+        (_reshape(2**62, 32, 32, 3), "INVALID_ARGUMENT", "expected 1 to 256 images"),
         (_reshape(2, 32, 32, 3), "INVALID_ARGUMENT", "expected 6144 bytes, got 3072"),
         (
             lambda r: r.raw_input_contents.append(b""),
@@ -249,8 +249,15 @@ def test_typed_values_beyond_a_byte_are_refused(stub):
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_more_images_than_a_batch_holds_are_refused(stub, golden):
-    images = np.concatenate([golden["images"]] * 3)[:33]
-    with pytest.raises(grpc.RpcError, match="expected 1 to 32 images, got 33") as caught:
+def test_a_request_larger_than_any_batch_is_split_and_joined(stub, golden):
+    images = np.concatenate([golden["images"]] * 10)[:256]
+    logits = np.concatenate([golden["logits"]] * 10)[:256]
+    reply = stub.ModelInfer(infer_request(images))
+    np.testing.assert_allclose(outputs_of(reply)["logits"], logits, atol=1e-3)
+
+
+def test_more_images_than_a_request_may_bring_are_refused(stub, golden):
+    images = np.concatenate([golden["images"]] * 20)[:257]
+    with pytest.raises(grpc.RpcError, match="expected 1 to 256 images, got 257") as caught:
         stub.ModelInfer(infer_request(images))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -3,7 +3,8 @@
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from server.metrics import Outcome, RunsOn, ServerMetrics
+from server.metrics import RunsOn, ServerMetrics
+from server.requests import Outcome
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(monkeypatch, tm
         (["--repository", "x", "--port", "65536"], "--port: .*65535.*got '65536'"),
         (["--repository", "x", "--device", "gpu"], "--device: .*got 'gpu'"),
         (["--repository", "x", "--backend", "tensorrt"], "--backend|tensorrt"),
-        (["--repository", "x", "--max-batch-size", "0"], "--max-batch-size: .*got '0'"),
+        (["--repository", "x", "--max-batch-size", "-1"], "--max-batch-size: .*got '-1'"),
         (["--repository", "x", "--colour", "red"], "--colour red"),
     ],
 )

@@ -1,8 +1,6 @@
-"""The batcher with a backend that waits at a gate the test opens: no sleeps decide an outcome."""
+"""What every batcher promises, whatever the deadlines."""
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
 
 import numpy as np
 import pytest
@@ -15,116 +13,7 @@ from server.errors import (
     OverloadedError,
     UnavailableError,
 )
-from server.requests import Batch, Images, Outputs
-
-SHAPE = (2, 2, 3)
-
-
-class GatedBackend:
-    """Answers each image with its first pixel's value; every run waits for a permit."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-        self.entered = threading.Semaphore(0)
-        self.permits = threading.Semaphore(0)
-        self.error: Exception | None = None
-        self.running = 0
-        self.most_running = 0
-        self._lock = threading.Lock()
-
-    def run(self, images: Images) -> Outputs:
-        with self._lock:
-            self.batches.append(images[:, 0, 0, 0].tolist())
-            self.running += 1
-            self.most_running = max(self.most_running, self.running)
-        self.entered.release()
-        self.permits.acquire()
-        with self._lock:
-            self.running -= 1
-        if self.error:
-            raise self.error
-        values = images[:, 0, 0, :1].astype(np.float32)
-        return Outputs(values, values / 255)
-
-    async def wait_for_run(self) -> None:
-        await asyncio.to_thread(self.entered.acquire)
-
-
-class Observer:
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-        self.failures = 0
-        self.queued = 0
-
-    def batch_finished(self, batch: Batch, inference_s: float) -> None:
-        assert inference_s >= 0
-        self.sizes.append(batch.size)
-
-    def batch_failed(self) -> None:
-        self.failures += 1
-
-    def queue_changed(self, images: int) -> None:
-        self.queued = images
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def image(value: int, count: int = 1) -> Images:
-    return np.full((count, *SHAPE), value, np.uint8)
-
-
-@pytest.fixture
-def backend() -> GatedBackend:
-    return GatedBackend()
-
-
-@pytest.fixture
-def observer() -> Observer:
-    return Observer()
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-Make = Callable[..., DynamicBatcher]
-
-
-@pytest.fixture
-async def make(backend: GatedBackend, observer: Observer, clock: Clock) -> AsyncIterator[Make]:
-    made: list[DynamicBatcher] = []
-
-    def start(
-        max_batch_size: int = 4,
-        max_queue_size: int = 8,
-        max_queue_delay_s: float = 0.0,
-        instances: int = 1,
-    ) -> DynamicBatcher:
-        limits = BatchingLimits(max_batch_size, max_queue_size, max_queue_delay_s, instances)
-        batcher = DynamicBatcher(backend.run, SHAPE, limits, observer, clock)
-        batcher.start()
-        made.append(batcher)
-        return batcher
-
-    yield start
-    for _ in range(100):
-        backend.permits.release()
-    for batcher in made:
-        await batcher.drain()
-
-
-async def queue(batcher: DynamicBatcher, *requests: Awaitable[object]) -> list[asyncio.Future]:
-    """Starts requests and lets each of them reach the queue, in this order."""
-    tasks = [asyncio.ensure_future(request) for request in requests]
-    await asyncio.sleep(0)
-    return tasks
+from tests.server.batcher.fakes import SHAPE, image, queue
 
 
 async def test_takes_all_that_waits_when_the_instance_becomes_free(make, backend, observer):
@@ -157,9 +46,9 @@ async def test_a_batch_holds_at_most_max_batch_size_images_and_keeps_the_order(m
 
 
 async def test_a_request_of_none_or_too_many_images_is_refused(make):
-    batcher = make(max_batch_size=4)
-    for count in (0, 5):
-        with pytest.raises(InvalidRequestError, match=f"expected 1 to 4 images, got {count}"):
+    batcher = make(max_batch_size=4, max_request_images=6)
+    for count in (0, 7):
+        with pytest.raises(InvalidRequestError, match=f"expected 1 to 6 images, got {count}"):
             await batcher.infer(image(0, count=count))
 
 
@@ -190,7 +79,7 @@ async def test_a_cancelled_request_never_reaches_the_device_nor_hurts_its_batch_
     backend.permits.release(2)
     await asyncio.gather(*running, stayed, *replacement)
     assert backend.batches == [[0], [2, 3, 3]]
-    assert observer.queued == 0
+    assert batcher.snapshot().queued_images == 0
 
 
 async def test_cancelling_while_the_batch_runs_leaves_the_others_their_answers(make, backend):
@@ -326,7 +215,7 @@ async def test_random_cancels_never_lose_duplicate_or_misroute_an_answer(backend
     assert [result for result in results if result is not None] == [
         result for result, gone in zip(results, cancelled, strict=True) if gone
     ]
-    assert observer.queued == 0
+    assert batcher.snapshot().queued_images == 0
 
 
 async def test_images_of_another_shape_fail_their_batch_and_not_the_instance(make, backend):

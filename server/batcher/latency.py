@@ -1,0 +1,100 @@
+"""How long a batch takes on the device, by its size; measured at warm-up, tracked in service."""
+
+import bisect
+from collections.abc import Mapping, Sequence
+
+# Weights of one observation in the running mean and in the running deviation.
+_GAIN = 1 / 16
+# A stall shows in the deviation; the mean shall not follow it further than this.
+_MAX_RATIO = 2.0
+# Mean plus four mean deviations bounds nearly all runs: V. Jacobson, "Congestion Avoidance and
+# Control", SIGCOMM 1988, estimates round trips so.
+_DEVIATIONS = 4.0
+# Before a run in service showed the spread.
+_FIRST_DEVIATION = 0.1
+# Sizes whose pace is this close to the best are as good; the smallest of them answers soonest.
+_NEARLY_BEST = 0.95
+# What a batch costs besides its run: two thread switches and a wake-up of the event loop.
+HANDOVER_S = 0.0002
+
+
+class LatencyModel:
+    """Predicts the run time of a batch from those that were measured.
+
+    Between measured sizes it interpolates, beyond the largest it extrapolates in proportion.
+    Without any measurement it predicts 0, so nothing is ever refused for it.
+
+    Args:
+        measured_s: Seconds of a run by batch size, with one for size 1.
+        pads: Whether batches are padded to a measured size, as a device wants that prepares itself
+            for each new shape.
+    """
+
+    def __init__(self, measured_s: Mapping[int, float] | None = None, pads: bool = False) -> None:
+        measured_s = measured_s or {}
+        self._sizes = tuple(sorted(measured_s))
+        self._means_s = [measured_s[size] for size in self._sizes]
+        self._deviations_s = [_FIRST_DEVIATION * mean_s for mean_s in self._means_s]
+        self._pads = pads
+
+    @property
+    def table_s(self) -> dict[int, float]:
+        """The expected run time of each measured size."""
+        return dict(zip(self._sizes, self._means_s, strict=True))
+
+    def padded(self, size: int) -> int:
+        """Returns the size that a batch is run with."""
+        if not self._pads or not self._sizes or size > self._sizes[-1]:
+            return size
+        return self._sizes[bisect.bisect_left(self._sizes, size)]
+
+    def mean_s(self, size: int) -> float:
+        """Returns the expected run time of a batch."""
+        return self._at(size, self._means_s)
+
+    def tail_s(self, size: int) -> float:
+        """Returns a time that nearly no run of such a batch exceeds."""
+        return self.mean_s(size) + _DEVIATIONS * self._at(size, self._deviations_s)
+
+    def pace(self, size: int) -> float:
+        """Returns images a second in batches of a size, hand-over included."""
+        return size / (self.mean_s(size) + HANDOVER_S)
+
+    def largest_within(self, budget_s: float, size: int) -> int:
+        """Returns the largest batch, up to a size, that nearly always is done in a time."""
+        return bisect.bisect_right(range(1, size + 1), budget_s, key=self.tail_s)
+
+    def best_size(self, slo_s: float = float("inf")) -> int:
+        """Returns the measured size to fill batches up to.
+
+        It is the smallest whose pace is nearly the best. Under an SLO a request that just missed a
+        batch waits for it and then for its own, so two runs must fit (H. Shen et al., "Nexus",
+        SOSP 2019, section 3.3).
+        """
+        allowed = [size for size in self._sizes if 2 * self.mean_s(size) <= slo_s] or [1]
+        best = max(map(self.pace, allowed))
+        return next(size for size in allowed if self.pace(size) >= _NEARLY_BEST * best)
+
+    def observe(self, size: int, actual_s: float) -> None:
+        """Learns from a run, whose size includes the padding."""
+        if not self._sizes:
+            return
+        expected_s = self.mean_s(size)
+        nearest = min(bisect.bisect_left(self._sizes, size), len(self._sizes) - 1)
+        ratio = min(actual_s / expected_s, _MAX_RATIO) if expected_s else 1.0
+        self._means_s[nearest] *= 1 + _GAIN * (ratio - 1)
+        error_s = abs(actual_s - expected_s)
+        self._deviations_s[nearest] += _GAIN * (error_s - self._deviations_s[nearest])
+
+    def _at(self, size: int, values: Sequence[float]) -> float:
+        if not self._sizes:
+            return 0.0
+        size = self.padded(size)
+        above = bisect.bisect_left(self._sizes, size)
+        if above == len(self._sizes):
+            return values[-1] * size / self._sizes[-1]
+        if self._sizes[above] == size or above == 0:
+            return values[above]
+        low, high = self._sizes[above - 1], self._sizes[above]
+        share = (size - low) / (high - low)
+        return values[above - 1] + share * (values[above] - values[above - 1])

@@ -1,0 +1,103 @@
+"""The decisions of a batcher: when a request would be answered, and what the next batch is.
+
+Pure functions of the queue, the clock and the latency model. The scheme is admission by predicted
+finish, earliest deadline first and the sliding-window drop of "Nexus" (H. Shen et al., SOSP 2019,
+section 6.3), with the deferral of "Symphony" (L. Chen et al., arXiv 2308.07470) where several
+instances gain by it.
+"""
+
+import math
+from collections.abc import Sequence
+
+from server.batcher.latency import LatencyModel
+from server.batcher.queue import RequestQueue
+from server.requests import InferenceRequest
+
+# A request is given up when the batch it needs would cost the device more of its pace than this.
+_KEPT_PACE = 0.9
+# Batches are worth waiting for when one image more costs less than this part of one alone.
+_WORTH_WAITING = 0.5
+
+
+def finish_s(
+    latency: LatencyModel,
+    free_at_s: Sequence[float],
+    images_before: int,
+    size: int,
+    max_batch_size: int,
+) -> float:
+    """Returns when a request that arrives would be answered at the latest, by what is known then.
+
+    Args:
+        latency: Predicts run times.
+        free_at_s: When each instance is expected to be free, not before now.
+        images_before: Waiting images that run first.
+        size: Images of the request.
+        max_batch_size: Images in one batch.
+    """
+    full_batches = (images_before + size - 1) // max_batch_size
+    last = images_before + size - full_batches * max_batch_size
+    rounds, turn = divmod(full_batches, len(free_at_s))
+    starts_s = sorted(free_at_s)[turn] + rounds * latency.mean_s(max_batch_size)
+    return starts_s + latency.tail_s(last)
+
+
+def next_size(
+    queue: RequestQueue, latency: LatencyModel, now_s: float, max_batch_size: int, instances: int
+) -> tuple[int, list[InferenceRequest]]:
+    """Decides how many images the next batch holds.
+
+    Returns:
+        The size, 0 for none, and the requests that were taken out of the queue because they cannot
+        be answered in time, or only by a batch so small that those behind them would pay for it.
+    """
+    dropped: list[InferenceRequest] = []
+    while queue.images:
+        size = min(queue.images, max_batch_size)
+        if not queue.has_deadlines:
+            return size, dropped
+        window = queue.window(size)
+        tightest = min(window, key=lambda request: request.deadline_s)
+        budget_s = tightest.deadline_s - now_s
+        needed = sum(other.waiting for other in window[: window.index(tightest) + 1])
+        if needed > max_batch_size:
+            rounds = math.ceil(needed / max_batch_size / instances)
+            if rounds * latency.tail_s(max_batch_size) <= budget_s:
+                return size, dropped
+        elif latency.tail_s(size) <= budget_s:
+            return size, dropped
+        else:
+            fitting = latency.largest_within(budget_s, size)
+            if fitting >= needed and latency.pace(fitting) >= _KEPT_PACE * latency.pace(size):
+                return fitting, dropped
+        queue.remove(tightest)
+        dropped.append(tightest)
+    return 0, dropped
+
+
+def deferral_s(
+    queue: RequestQueue,
+    latency: LatencyModel,
+    now_s: float,
+    max_batch_size: int,
+    others_free_at_s: Sequence[float],
+) -> float:
+    """Returns how long a free instance leaves a small batch to fill.
+
+    It does so while every other instance runs, until the first of them is back or the tightest
+    deadline presses, and only where larger batches are worth it: on a CPU, whose time for a batch
+    is in proportion to its size, they are not.
+    """
+    size = queue.images
+    if not others_free_at_s or not 0 < size < max_batch_size:
+        return 0.0
+    alone_s = latency.mean_s(1)
+    if latency.mean_s(size + 1) - latency.mean_s(size) >= _WORTH_WAITING * alone_s:
+        return 0.0
+    if any(free_at_s <= now_s for free_at_s in others_free_at_s):
+        return 0.0
+    deadline_s = min(request.deadline_s for request in queue.window(size))
+    if math.isinf(deadline_s):
+        return 0.0
+    latest_s = deadline_s - latency.tail_s(size + 1)
+    return max(0.0, min(latest_s, *others_free_at_s) - now_s)

@@ -1,0 +1,56 @@
+"""The latency model: what it predicts, learns and recommends."""
+
+import pytest
+
+from server.batcher import LatencyModel
+
+
+def test_it_interpolates_between_sizes_and_extrapolates_beyond():
+    model = LatencyModel({1: 1.0, 4: 2.5, 8: 4.5})
+    assert model.mean_s(1) == 1.0
+    assert model.mean_s(2) == pytest.approx(1.5)
+    assert model.mean_s(6) == pytest.approx(3.5)
+    assert model.mean_s(16) == pytest.approx(9.0)
+    assert model.tail_s(4) == pytest.approx(2.5 * 1.4)
+    assert model.largest_within(2.6, 8) == 2
+
+
+def test_padding_costs_what_the_padded_size_costs():
+    model = LatencyModel({1: 1.0, 4: 2.0}, pads=True)
+    assert [model.padded(size) for size in (1, 2, 4)] == [1, 4, 4]
+    assert model.mean_s(2) == 2.0
+
+
+def test_it_follows_a_device_that_slows_down():
+    model = LatencyModel({1: 1.0, 2: 2.0, 4: 4.0})
+    for _ in range(100):
+        model.observe(2, 3.0)
+    assert model.mean_s(2) == pytest.approx(3.0, rel=0.01)
+    assert model.tail_s(2) == pytest.approx(3.0, rel=0.05)
+    assert model.mean_s(4) == 4.0
+
+
+def test_a_stall_widens_the_tail_more_than_it_moves_the_mean():
+    model = LatencyModel({1: 1.0})
+    model.observe(1, 50.0)
+    assert model.mean_s(1) < 1.1
+    assert model.tail_s(1) > 10
+
+
+def test_the_smallest_size_that_is_nearly_best_is_chosen():
+    flat = LatencyModel({1: 0.1, 2: 0.2, 4: 0.4})
+    assert flat.best_size() == 1
+    gaining = LatencyModel({1: 0.010, 8: 0.011, 64: 0.020, 256: 0.080})
+    assert gaining.best_size() == 64
+
+
+def test_an_slo_bounds_the_size_so_that_two_runs_fit():
+    gaining = LatencyModel({1: 0.010, 8: 0.011, 64: 0.020})
+    assert gaining.best_size(slo_s=0.030) == 8
+    assert gaining.best_size(slo_s=0.001) == 1
+
+
+def test_without_measurements_nothing_is_predicted():
+    model = LatencyModel()
+    model.observe(1, 2.0)
+    assert (model.mean_s(5), model.tail_s(5), model.padded(5)) == (0, 0, 5)
