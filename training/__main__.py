@@ -1,6 +1,7 @@
 """The command `convoy-train`: trains a net, or describes one."""
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -39,9 +40,12 @@ def train(  # noqa: PLR0917 -- typer passes every option by keyword
         "runs/run"
     ),
     recipe: Annotated[
-        str,
-        typer.Option(help="Recipe of the package or a TOML file: where all settings start from."),
-    ] = "digits",
+        str | None,
+        typer.Option(
+            help="Recipe of the package or a TOML file: where all settings start from. By default "
+            "digits for the digits, finetune with --weights or a torchvision model, else fast.",
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="net, net_res_deep, airbench or a torchvision classifier.")
     ] = None,
@@ -70,6 +74,18 @@ def train(  # noqa: PLR0917 -- typer passes every option by keyword
     max_minutes: Annotated[
         float | None, typer.Option(help="Start no further epoch after so many minutes.")
     ] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Decode a folder's images as they are needed, or once into memory; by default in "
+            "memory up to 4 GiB.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, help="Processes that decode streamed images; one a CPU by default."),
+    ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave unreadable images out.")
     ] = False,
@@ -96,8 +112,11 @@ def train(  # noqa: PLR0917 -- typer passes every option by keyword
         resume=resume,
         max_s=None if max_minutes is None else 60 * max_minutes,
         skip_bad=skip_bad,
+        stream=stream,
+        workers=len(os.sched_getaffinity(0)) if workers is None else workers,
     )
-    run_with_progress(recipes.load_recipe(recipe, overrides), options, Console())
+    chosen = recipe or recipes.default_for(data, model, weights is not None)
+    run_with_progress(recipes.load_recipe(chosen, overrides), options)
 
 
 @app.command()
@@ -130,6 +149,10 @@ def main() -> None:
     except (TrainingError, _UsageError) as error:
         print(f"convoy-train: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        # A disk that fills up under the metrics, for example.
+        print(f"convoy-train: {error}", file=sys.stderr)
+        sys.exit(1)
     if code == _INTERRUPTED:
         print("convoy-train: stopped; --resume goes on from last.pt", file=sys.stderr)
         sys.exit(_INTERRUPTED)

@@ -1,37 +1,53 @@
 """Augmentation of a whole batch on its device, with a draw of its own for every image."""
 
+from dataclasses import dataclass, fields
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from training.recipe import Recipe
 
 
-def augment(
-    images: Tensor, coins: Tensor, epoch: int, recipe: Recipe, draws: torch.Generator
-) -> Tensor:
-    """Applies what the recipe asks for.
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """The random choices for N images, on the CPU; None where the recipe has no such step.
+
+    Attributes:
+        mirrored: Which to mirror, `[N]` bool.
+        offsets: Rows and columns to move by, `[N, 2]`.
+        centres: Row and column of the middle of the square that is cut out, `[N, 2]`.
+    """
+
+    mirrored: Tensor | None = None
+    offsets: Tensor | None = None
+    centres: Tensor | None = None
+
+    def __getitem__(self, chosen: slice) -> "Draws":
+        parts = (getattr(self, field.name) for field in fields(self))
+        return Draws(*(part if part is None else part[chosen] for part in parts))
+
+
+def draw(recipe: Recipe, coins: Tensor, epoch: int, draws: torch.Generator) -> Draws:
+    """Draws what `augment` needs for images of the recipe's size.
 
     Args:
-        images: Normalised images `[N, C, H, W]`.
-        coins: 0 or 1 for each `[N]`, the same in every epoch, for the alternating flip.
-        epoch: Counted from 0.
         recipe: Names the steps.
+        coins: 0 or 1 for each image `[N]`, the same in every epoch, for the alternating flip.
+        epoch: Counted from 0.
         draws: CPU generator of all random numbers.
     """
+    count = len(coins)
+    mirrored = offsets = centres = None
     if recipe.flip == "random":
-        images = flip(images, torch.rand(len(images), generator=draws) < 0.5)
+        mirrored = torch.rand(count, generator=draws) < 0.5
     elif recipe.flip == "alternating":
-        images = flip(images, alternating(coins, epoch))
+        mirrored = alternating(coins, epoch)
     if recipe.shift_px:
         span = 2 * recipe.shift_px + 1
-        offsets = torch.randint(span, (len(images), 2), generator=draws)
-        images = shift(images, offsets - recipe.shift_px)
+        offsets = torch.randint(span, (count, 2), generator=draws) - recipe.shift_px
     if recipe.cutout_px:
-        size = torch.tensor(images.shape[2:])
-        centres = (torch.rand(len(images), 2, generator=draws) * size).long()
-        images = cutout(images, centres, recipe.cutout_px)
-    return images
+        centres = torch.randint(recipe.image_size, (count, 2), generator=draws)
+    return Draws(mirrored, offsets, centres)
 
 
 def alternating(coins: Tensor, epoch: int) -> Tensor:
@@ -43,23 +59,30 @@ def alternating(coins: Tensor, epoch: int) -> Tensor:
     return (coins + epoch) % 2 == 0
 
 
-def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirrors the images `[N, C, H, W]` named by `mirrored` `[N]` bool, left to right."""
-    chosen = mirrored.to(images.device).view(-1, 1, 1, 1)
-    return torch.where(chosen, images.flip(3), images)
+def move(images: Tensor, draws: Draws) -> Tensor:
+    """Mirrors and shifts pixels `[N, H, W, C]`, reflecting the border, in one look-up."""
+    if draws.mirrored is None and draws.offsets is None:
+        return images
+    count, height, width, channels = images.shape
+    device = images.device
+    rows = torch.arange(height, device=device).expand(count, height)
+    columns = torch.arange(width, device=device).expand(count, width)
+    if draws.offsets is not None:
+        offsets = draws.offsets.to(device)
+        rows = _reflect(rows - offsets[:, :1], height)
+        columns = _reflect(columns - offsets[:, 1:], width)
+    if draws.mirrored is not None:
+        mirrored = draws.mirrored.to(device)[:, None]
+        columns = torch.where(mirrored, width - 1 - columns, columns)
+    first = torch.arange(count, device=device)[:, None] * height
+    source = (first + rows)[:, :, None] * width + columns[:, None, :]
+    return images.reshape(-1, channels)[source]  # [N, H, W, C]
 
 
-def shift(images: Tensor, offsets: Tensor) -> Tensor:
-    """Moves images `[N, C, H, W]` by row and column offsets `[N, 2]`, reflecting the border."""
-    _, _, height, width = images.shape
-    offsets = offsets.to(images.device)
-    reach = int(offsets.abs().max())
-    padded = functional.pad(images, 4 * (reach,), mode="reflect")  # [N, C, H + 2r, W + 2r]
-    rows = torch.arange(height, device=images.device) + reach - offsets[:, :1]  # [N, H]
-    columns = torch.arange(width, device=images.device) + reach - offsets[:, 1:]  # [N, W]
-    sample = torch.arange(len(images), device=images.device)[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[sample, rows[:, :, None], columns[:, None, :]]
-    return moved.permute(0, 3, 1, 2)  # [N, C, H, W]
+def _reflect(index: Tensor, size: int) -> Tensor:
+    """Indices beyond 0..size-1 turned back at the edge pixel, which is not repeated."""
+    last = size - 1
+    return last - (last - index.abs()).abs()
 
 
 def cutout(images: Tensor, centres: Tensor, side_px: int) -> Tensor:

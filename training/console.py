@@ -14,23 +14,27 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from training.data import Dataset
+from training.data import ImageSet
 from training.describe import Layer
+from training.distributed import is_first_process, local_rank
 from training.errors import RecipeError
 from training.loop import EpochResult
 from training.recipe import Recipe
 from training.run import Progress as RunProgress
 from training.run import RunOptions, run
+from training.start import AnyDataset
 
 
 def find_device(name: str) -> torch.device:
-    """Resolves auto, cpu, cuda or cuda:INDEX.
+    """Resolves auto, cpu, cuda or cuda:INDEX; each process of torchrun takes a GPU of its own.
 
     Raises:
         RecipeError: There is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -43,8 +47,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def run_with_progress(recipe: Recipe, options: RunOptions, console: Console) -> None:
+def run_with_progress(recipe: Recipe, options: RunOptions) -> None:
     """Trains with a progress bar, one line an epoch, and the outcome at the end."""
+    console = Console(quiet=not is_first_process())
     bar = Progress(
         TextColumn("steps"),
         BarColumn(),
@@ -54,10 +59,14 @@ def run_with_progress(recipe: Recipe, options: RunOptions, console: Console) -> 
     )
     task: TaskID = bar.add_task("steps", total=None)
 
-    def on_start(data: Dataset, steps: int) -> None:
+    def on_start(data: AnyDataset, steps: int) -> None:
         bar.update(task, total=steps)
         sizes = f"{len(data.train)} train, {len(data.valid)} valid, {len(data.test)} test"
-        console.print(f"{options.data}: {sizes}, {len(data.classes)} classes; {options.device}")
+        kept = "" if isinstance(data.train, ImageSet) else ", read from their files"
+        console.print(
+            f"{options.data}: {sizes}, {len(data.classes)} classes{kept}; "
+            f"{recipe.model} on {options.device}"
+        )
 
     def on_epoch(result: EpochResult) -> None:
         console.print(

@@ -1,6 +1,6 @@
 """What a net is worth on images it was not trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,11 +42,14 @@ def evaluation_mode(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def evaluate(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Evaluation:
-    """Runs normalised images `[N, C, H, W]` through the net; changes no weight and no buffer."""
+def predict(net: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+    """Logits `[N, K]` of normalised batches `[M, C, H, W]`, on the CPU.
+
+    Changes no weight and no buffer of the net.
+    """
     with evaluation_mode(net):
-        logits = torch.cat([net(batch).float().cpu() for batch in torch.split(images, batch_size)])
-    return Evaluation(logits.clone(), labels.cpu())
+        logits = torch.cat([net(batch).float().cpu() for batch in batches])
+    return logits.clone()
 
 
 def fit_temperature(evaluation: Evaluation) -> float:

@@ -1,12 +1,12 @@
 """Pixels in memory to what a net takes: the same arithmetic in training and evaluation."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from training.data import ImageSet
+from training.data import Images
 
 Triple = tuple[float, float, float]
 
@@ -20,29 +20,25 @@ class Normalization:
 
     def apply(self, images: Tensor) -> Tensor:
         """Maps `[N, H, W, 3]` uint8 to `[N, 3, H, W]` float32, channels last in memory."""
-        mean = torch.tensor(self.mean, device=images.device)
-        std = torch.tensor(self.std, device=images.device)
-        return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        mean, std = _on(images.device, self.mean), _on(images.device, self.std)
+        return images.float().div_(255).sub_(mean).div_(std).permute(0, 3, 1, 2)
 
 
-def measure(images: ImageSet) -> Normalization:
+@lru_cache(maxsize=8)
+def _on(device: torch.device, values: Triple) -> Tensor:
+    """The values as a tensor; copying them anew for each batch would wait for the GPU."""
+    return torch.tensor(values, device=device)
+
+
+def measure(images: Images) -> Normalization:
     """Mean and deviation per channel over every pixel of the set, for pixels in 0..1.
 
     The deviation is that of the pixels, not the mean of the images' own deviations, which the
     lecture prints.
     """
-    counts = [np.bincount(images.images[..., c].ravel(), minlength=256) for c in range(3)]
-    levels = np.arange(256) / 255
-    mean = [float(np.average(levels, weights=count)) for count in counts]
-    variance = [
-        float(np.average((levels - m) ** 2, weights=count))
-        for m, count in zip(mean, counts, strict=True)
-    ]
+    pixels_per_image = images.read([0])[0, ..., 0].size
+    total, squares = images.measure() / (len(images) * pixels_per_image)
     # A channel of one value has no scale to remove.
-    std = [value**0.5 or 1.0 for value in variance]
+    std = [max(0.0, float(v)) ** 0.5 / 255 or 1.0 for v in squares - total**2]
+    mean = [float(v) / 255 for v in total]
     return Normalization((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
-
-
-def to_device(images: ImageSet, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The set as one uint8 tensor `[N, H, W, 3]` and its labels `[N]` int64, on the device."""
-    return torch.from_numpy(images.images).to(device), torch.from_numpy(images.labels).to(device)

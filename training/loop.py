@@ -5,6 +5,7 @@ exactly as one that never stopped, and equal seeds give equal weights on a CPU.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from training.augment import augment
+from training.augment import cutout, draw, move
+from training.distributed import Group
 from training.errors import DivergedError, RecipeError
-from training.evaluate import Evaluation, evaluate
+from training.evaluate import Evaluation, predict
 from training.inputs import Normalization
 from training.optim import make_average, make_optimizer, penalty
+from training.readers import Reader
 from training.recipe import Recipe
 from training.schedules import rate_factor
+
+_EVALUATED_AT_ONCE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +39,19 @@ class EpochResult:
     valid_accuracy: float
     penalty: float
     lr: float
+    images_per_s: float
 
 
 class Trainer:
-    """Trains one net on images held in memory.
+    """Trains one net.
 
     Args:
-        net: On the device of the images.
+        net: On the device of the batches.
         recipe: How.
         normalization: Of the pixels.
-        train: Images `[N, H, W, 3]` uint8 and labels `[N]`.
-        valid: Likewise; they drive the plateau schedule and choose the best epoch.
+        train: What to learn from.
+        valid: Drives the plateau schedule and chooses the best epoch.
+        group: The processes that train together.
 
     Raises:
         RecipeError: A batch is larger than the training set.
@@ -55,24 +62,34 @@ class Trainer:
         net: nn.Module,
         recipe: Recipe,
         normalization: Normalization,
-        train: tuple[Tensor, Tensor],
-        valid: tuple[Tensor, Tensor],
+        train: Reader,
+        valid: Reader,
+        *,
+        group: Group | None = None,
     ) -> None:
-        self._images, self._labels = train
-        if recipe.batch_size > len(self._labels):
+        self._count = len(train.labels)
+        if recipe.batch_size > self._count:
             raise RecipeError(
-                f"batch_size: expected at most the {len(self._labels)} training images, "
+                f"batch_size: expected at most the {self._count} training images, "
                 f"got {recipe.batch_size}"
             )
         self._net = net.to(memory_format=torch.channels_last)
         self._recipe = recipe
         self._normalization = normalization
-        self._valid = valid
+        self._train, self._valid = train, valid
+        self._group = group or Group()
         self._optimizer = make_optimizer(net, recipe)
         self._plateau = ReduceLROnPlateau(self._optimizer)
         self._average = make_average(net, recipe)
+        wrapped = self._group.wrap(net)
+        self._forward = torch.compile(wrapped) if recipe.compile else wrapped
+        device = train.labels.device
+        self._autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=_in_bfloat16(recipe, device)
+        )
         draws = torch.Generator().manual_seed(recipe.seed)
-        self._coins = torch.randint(2, self._labels.shape, generator=draws)  # [N]
+        self._coins = torch.randint(2, (self._count,), generator=draws)  # [N]
+        self.steps_per_epoch = len(self._split(torch.arange(self._count)))
         self._step = 0
         self.epoch = 0
 
@@ -81,42 +98,48 @@ class Trainer:
         """What is evaluated and kept: the average where the recipe has one."""
         return self._average.net if self._average else self._net
 
-    @property
-    def images_per_epoch(self) -> int:
-        """Size of the training set."""
-        return len(self._labels)
-
-    def steps_per_epoch(self) -> int:
-        """Steps in an epoch; the last batch may be short."""
-        return sum(1 for _ in self._split(torch.arange(len(self._labels))))
-
     def run_epoch(self, on_step: Callable[[], None]) -> EpochResult:
         """Trains on every batch once, then validates.
 
         Raises:
             DivergedError: The loss is NaN or infinite.
         """
-        self._net.train()
-        totals = torch.zeros(3, dtype=torch.float64)  # data loss, correct, penalty
-        samples = 0
-        for images, labels in self._batches():
-            totals += len(labels) * self._step_on(images, labels)
-            samples += len(labels)
+        began = time.perf_counter()
+        _training_mode(self._net)
+        device = self._train.labels.device
+        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        for images, labels, share in self._batches():
+            totals += self._step_on(images, labels, share)
             on_step()
-        train_loss, train_accuracy, extra = (totals / samples).tolist()
-        valid = self.evaluate(*self._valid)
+        self._group.add_up(totals)
+        # The first and only wait for the device in an epoch.
+        loss, correct, extra, samples = totals.tolist()
+        images_per_s = samples / (time.perf_counter() - began)
+        self._group.same_buffers(self.net)
+        valid = self.evaluate(self._valid)
         rate = self._optimizer.param_groups[0]["lr"]
-        self._check_finite(train_loss, valid.loss)
+        self._check_finite(loss, valid.loss)
         if self._recipe.schedule == "plateau":
             self._plateau.step(valid.loss)
         self.epoch += 1
         return EpochResult(
-            self.epoch, train_loss, train_accuracy, valid.loss, valid.accuracy, extra, rate
+            epoch=self.epoch,
+            train_loss=loss / samples,
+            train_accuracy=correct / samples,
+            valid_loss=valid.loss,
+            valid_accuracy=valid.accuracy,
+            penalty=extra / samples,
+            lr=rate,
+            images_per_s=round(images_per_s, 1),
         )
 
-    def evaluate(self, images: Tensor, labels: Tensor) -> Evaluation:
-        """Scores the weights that would be kept on images `[N, H, W, 3]` uint8."""
-        return evaluate(self.net, self._normalization.apply(images), labels)
+    def evaluate(self, reader: Reader) -> Evaluation:
+        """Scores the weights that would be kept, in float32, on all images of a reader."""
+        total = len(reader.labels)
+        mine = self._group.share(torch.arange(total))
+        batches = map(self._normalization.apply, reader.read(torch.split(mine, _EVALUATED_AT_ONCE)))
+        logits = self._group.gather(predict(self.net, batches), total)
+        return Evaluation(logits, reader.labels.cpu())
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs to go on as if nothing had happened."""
@@ -148,42 +171,59 @@ class Trainer:
                 f"resume: the run was started with other settings: {reason}"
             ) from error
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented batches: images `[N, 3, H, W]` float32 and labels `[N]`."""
-        seed = self._recipe.seed * 1_000_003 + self.epoch
-        torch.manual_seed(seed)  # dropout
-        draws = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self._labels), generator=draws)
-        for indices in self._split(order):
-            chosen = indices.to(self._images.device)
-            images = self._normalization.apply(self._images[chosen])
-            images = augment(images, self._coins[indices], self.epoch, self._recipe, draws)
-            yield images.contiguous(memory_format=torch.channels_last), self._labels[chosen]
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """This process's part of each batch, augmented.
 
-    def _split(self, order: Tensor) -> Iterator[Tensor]:
-        """Batches of indices; a last one of a single image is left out, for batch norm's sake."""
-        for indices in torch.split(order, self._recipe.batch_size):
-            if len(indices) > 1 or self._recipe.batch_size == 1:
-                yield indices
+        Yields:
+            Images `[N, 3, H, W]` float32, labels `[N]`, and the weight of their mean in the mean
+            over all processes' parts.
+        """
+        recipe, group = self._recipe, self._group
+        seed = recipe.seed * 1_000_003 + self.epoch
+        torch.manual_seed(seed + group.rank)  # dropout
+        random = torch.Generator().manual_seed(seed)
+        batches = self._split(torch.randperm(self._count, generator=random))
+        mine = [group.share(batch) for batch in batches]
+        for batch, indices, pixels in zip(batches, mine, self._train.read(mine), strict=True):
+            draws = draw(recipe, self._coins[batch], self.epoch, random)
+            draws = draws[group.rank :: group.size]
+            images = self._normalization.apply(move(pixels, draws))
+            if draws.centres is not None:
+                images = cutout(images, draws.centres, recipe.cutout_px)
+            labels = self._train.labels[indices.to(images.device)]
+            weight = len(indices) * group.size / len(batch)
+            yield images.contiguous(memory_format=torch.channels_last), labels, weight
 
-    def _step_on(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Makes one step; returns data loss, accuracy and penalty as float64 `[3]` on the CPU."""
+    def _split(self, order: Tensor) -> list[Tensor]:
+        """Batches of indices; a last one that leaves a process one image or none is left out.
+
+        Batch norm needs two images.
+        """
+        batches = list(torch.split(order, self._recipe.batch_size))
+        least = min(2 * self._group.size, self._recipe.batch_size)
+        return batches if len(batches[-1]) >= least else batches[:-1]
+
+    def _step_on(self, images: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """Makes one step; returns sums over samples: data loss, correct, penalty, count."""
         self._set_rate()
-        logits = self._net(images)
         smoothing = self._recipe.label_smoothing
+        with self._autocast:
+            logits = self._forward(images)
+        logits = logits.float()
         loss = functional.cross_entropy(logits, labels, label_smoothing=smoothing)
         extra = penalty(self._net, self._recipe)
-        self._update(loss + extra)
+        self._update(weight * loss + extra)
         self._step += 1
         with torch.no_grad():
-            data_loss = functional.cross_entropy(logits, labels)
-            accuracy = (logits.argmax(1) == labels).float().mean()
-            return torch.stack((data_loss, accuracy, extra)).double().cpu()
+            data_loss = functional.cross_entropy(logits, labels, reduction="sum")
+            correct = (logits.argmax(1) == labels).sum()
+            count = torch.ones_like(data_loss) * len(labels)
+            return torch.stack((data_loss, correct, extra * len(labels), count))
 
     def _set_rate(self) -> None:
         recipe = self._recipe
         # Past the warm-up a plateau's rate belongs to the validation loss.
-        done = self._step / (recipe.epochs * self.steps_per_epoch())
+        done = self._step / (recipe.epochs * self.steps_per_epoch)
         if recipe.schedule == "plateau" and done >= recipe.warmup_share:
             return
         factor = rate_factor(recipe, done)
@@ -205,3 +245,18 @@ class Trainer:
                 f"loss: expected a number, got {losses[0]} in epoch {self.epoch + 1}; "
                 f"lower the learning rate (now {self._recipe.lr})"
             )
+
+
+def _in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
+    if recipe.precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return recipe.precision == "bfloat16"
+
+
+def _training_mode(net: nn.Module) -> None:
+    """Training mode for all but frozen modules, whose statistics belong to their weights."""
+    net.train()
+    for module in net.modules():
+        own = list(module.parameters(recurse=False))
+        if own and not any(parameter.requires_grad for parameter in own):
+            module.eval()

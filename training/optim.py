@@ -16,7 +16,7 @@ def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     Each group carries `peak_lr`, which the schedule scales. Parameters of one dimension (biases,
     norms) are decayed only where `decay_all` says so.
     """
-    norms = (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
     norm_biases = {id(m.bias) for m in net.modules() if isinstance(m, norms)}
     trained = [p for p in net.parameters() if p.requires_grad]
     fast = [p for p in trained if id(p) in norm_biases]

@@ -32,7 +32,8 @@ class Recipe:
         norm_bias_lr_factor: Multiplies the rate of the norms' biases (Jordan, 2024).
         l1: Penalty l1 * sum(abs(p)), added to the loss.
         l2: Penalty l2 * sum(p ** 2); for sgd the same as weight_decay = 2 * l2.
-        schedule: Of the learning rate; `plateau` follows the validation loss.
+        schedule: Of the learning rate, see `training.schedules`; `plateau` follows the validation
+            loss.
         warmup_share: Share of all steps in which the rate climbs to lr.
         label_smoothing: Share of the target given to all classes alike.
         flip: Mirror each image at random, or `alternating` from epoch to epoch.
@@ -41,6 +42,11 @@ class Recipe:
         average: What is evaluated and kept: the weights, their moving average, or Lookahead's.
         ema_decay: Of `ema`, a step.
         clip_norm: Largest norm of the gradient; 0 does not clip.
+        freeze_backbone: Train the head alone; everything before it keeps its weights and its batch
+            norm's statistics.
+        precision: Of the training step; `auto` is bfloat16 on a GPU that has it and float32
+            elsewhere. Evaluation is in float32.
+        compile: Compile the training step with torch.compile.
         patience: Stops after so many epochs without a better validation loss; 0 never.
         seed: Equal seeds give equal weights on a CPU, to the bit.
     """
@@ -61,7 +67,7 @@ class Recipe:
     norm_bias_lr_factor: float = 1.0
     l1: float = 0.0
     l2: float = 0.0
-    schedule: Literal["constant", "plateau", "cosine", "triangular"] = "constant"
+    schedule: Literal["constant", "plateau", "cosine", "triangular", "one_cycle"] = "constant"
     warmup_share: float = 0.0
     label_smoothing: float = 0.0
     flip: Literal["none", "random", "alternating"] = "none"
@@ -70,6 +76,9 @@ class Recipe:
     average: Literal["none", "ema", "lookahead"] = "none"
     ema_decay: float = 0.999
     clip_norm: float = 0.0
+    freeze_backbone: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
     patience: int = 0
     seed: int = 0
 
@@ -83,6 +92,8 @@ class Recipe:
         for name in ("weight_decay", "l1", "l2", "shift_px", "cutout_px", "clip_norm", "patience"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"{name}: expected 0 or more, got {getattr(self, name)}")
+        if self.shift_px >= self.image_size:
+            raise RecipeError(f"shift_px: expected less than image_size, got {self.shift_px}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise RecipeError(f"{name}: expected 3 numbers or none, got {getattr(self, name)}")
@@ -96,6 +107,18 @@ def names() -> tuple[str, ...]:
     """The recipes that come with the package."""
     folder = resources.files("training") / "recipes"
     return tuple(sorted(p.name.removesuffix(".toml") for p in folder.iterdir()))
+
+
+def default_for(data: str, model: str | None = None, has_weights: bool = False) -> str:
+    """The recipe that a run without `--recipe` takes.
+
+    The digits have their own. Elsewhere our nets take the recipe made for them and torchvision's
+    take `finetune`, and so do weights to start from; nothing named is the small and quick net.
+    """
+    if data == "digits":
+        return "digits"
+    named = {"airbench": "fast", "net": "lecture", "net_res_deep": "lecture-resnet"}
+    return named.get(model or "", "finetune" if model or has_weights else "fast")
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -26,8 +26,16 @@ def write_report(folder: Path, classes: Sequence[str], tested: Evaluation) -> Fi
     _draw_curves(loss, epochs, "loss", "mean loss of a sample, nats")
     _draw_curves(accuracy, epochs, "accuracy", "accuracy")
     accuracy.set_title(f"test accuracy {tested.accuracy:.4f} ({len(tested.labels)} images)")
-    _draw_confusion(matrix, confusion_matrix(tested, len(classes)), classes)
+    _fill_confusion(matrix, confusion_matrix(tested, len(classes)), classes)
     figure.savefig(folder / "report.png", dpi=80)
+    return figure
+
+
+def draw_confusion(tested: Evaluation, classes: Sequence[str]) -> Figure:
+    """Draws the confusion matrix alone."""
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    _fill_confusion(figure.subplots(), confusion_matrix(tested, len(classes)), classes)
     return figure
 
 
@@ -76,7 +84,7 @@ def _draw_curves(axes: Axes, epochs: Sequence[dict[str, float]], name: str, unit
     axes.legend()
 
 
-def _draw_confusion(axes: Axes, counts: Tensor, classes: Sequence[str]) -> None:
+def _fill_confusion(axes: Axes, counts: Tensor, classes: Sequence[str]) -> None:
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
     axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_xlabel("predicted")

@@ -1,30 +1,25 @@
 """One run from data to checkpoints: `best.pt`, `last.pt`, `config.json`, `metrics.jsonl`."""
 
-import json
-import os
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torchvision
-from torch import nn
 
-from training import checkpoints, nets
-from training.checkpoints import Architecture, Checkpoint, DataDescription
-from training.data import Dataset, Preprocessing, load_data
-from training.errors import CheckpointError, RecipeError
+from training import checkpoints, start
+from training.checkpoints import Checkpoint
+from training.data import open_data
+from training.distributed import Group, join_group
 from training.evaluate import fit_temperature
-from training.inputs import Normalization, measure, to_device
+from training.inputs import Normalization, measure
 from training.loop import EpochResult, Trainer
-from training.nets.airbench import AirbenchNet
+from training.readers import Reader, make_reader
 from training.recipe import Recipe
-from training.report import misclassified, write_report
+from training.report import misclassified
+from training.start import AnyDataset
 from training.tracking import Tracker
-
-_WHITENING_SAMPLES = 5000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +27,15 @@ class RunOptions:
     """What a run needs beside its recipe.
 
     Attributes:
-        data: As `load_data` takes it.
+        data: As `open_data` takes it.
         out: Folder of the run.
         device: Where to train.
         weights: A state_dict to start from; None starts from random weights.
         resume: Go on from `out/last.pt` where there is one.
         max_s: Starts no further epoch after so many seconds; None never stops.
         skip_bad: Leave unreadable images out.
+        stream: Leave a folder's images in their files; None does so where they take much memory.
+        workers: Processes that decode streamed images.
     """
 
     data: str
@@ -48,13 +45,15 @@ class RunOptions:
     resume: bool = False
     max_s: float | None = None
     skip_bad: bool = False
+    stream: bool | None = None
+    workers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
     """What a run reports to whoever watches it."""
 
-    on_start: Callable[[Dataset, int], None]
+    on_start: Callable[[AnyDataset, int], None]
     on_step: Callable[[], None]
     on_epoch: Callable[[EpochResult], None]
 
@@ -63,160 +62,107 @@ def run(recipe: Recipe, options: RunOptions, progress: Progress) -> Checkpoint:
     """Trains and returns the best epoch's checkpoint, tested once.
 
     `last.pt` is written after every epoch and before the first, `best.pt` whenever the validation
-    loss falls: an interruption costs the epoch it falls into and nothing else.
+    loss falls: an interruption costs the epoch it falls into and nothing else. Of the processes
+    that torchrun started the first one writes.
 
     Raises:
         TrainingError: Settings, data or a checkpoint are wrong, or the loss diverged.
     """
-    data = load_data(options.data, _preprocessing(recipe), skip_bad=options.skip_bad)
-    normalization = _normalization(recipe, data)
-    torch.manual_seed(recipe.seed)
-    template, net = _make_net(recipe, options, data, normalization)
-    train, valid, test = (
-        to_device(part, options.device) for part in (data.train, data.valid, data.test)
-    )
-    trainer = Trainer(net.to(options.device), recipe, normalization, train, valid)
-    started_at_epoch = _prepare_folder(trainer, template, recipe, options)
-    progress.on_start(data, (recipe.epochs - trainer.epoch) * trainer.steps_per_epoch())
-    with Tracker(options.out, started_at_epoch) as tracker:
-        _train(trainer, template, tracker, options, progress)
-        best = checkpoints.load(options.out / "best.pt")
-        trainer.net.load_state_dict(best.state_dict)
-        temperature = fit_temperature(trainer.evaluate(*valid))
-        tested = trainer.evaluate(*test)
-        metrics = {**best.metrics, "test_loss": tested.loss, "test_accuracy": tested.accuracy}
-        final = replace(best, metrics=metrics, temperature=temperature)
-        checkpoints.save(options.out / "best.pt", final)
-        figure = write_report(options.out, data.classes, tested)
-        wrong = test[0].cpu()[misclassified(tested)]
-        tracker.draw(figure, trainer.net, normalization.apply(test[0][:1]), wrong)
-        tracker.finish(recipe.as_dict(), metrics)
-    return final
+    with join_group(options.device) as group:
+        with group.first_ahead():
+            data = open_data(
+                options.data,
+                start.preprocessing(recipe),
+                stream=options.stream,
+                skip_bad=options.skip_bad,
+            )
+        normalization = _normalization(recipe, data)
+        torch.manual_seed(recipe.seed)
+        template, net = start.make_net(recipe, options.data, data, normalization, options.weights)
+        train, valid, test = (
+            make_reader(part, options.device, options.workers)
+            for part in (data.train, data.valid, data.test)
+        )
+        trainer = Trainer(net.to(options.device), recipe, normalization, train, valid, group=group)
+        start.prepare_folder(options.out, trainer, template, options.resume, group)
+        progress.on_start(data, (recipe.epochs - trainer.epoch) * trainer.steps_per_epoch)
+        tracking = Tracker(options.out, trainer.epoch) if group.is_first else nullcontext()
+        with tracking as tracker:
+            session = _Session(trainer, template, tracker, group, options)
+            session.train(recipe, progress)
+            return session.finish(valid, test)
 
 
-def _preprocessing(recipe: Recipe) -> Preprocessing:
-    size = recipe.image_size
-    return Preprocessing(size, size, recipe.resize_shorter_px)
-
-
-def _normalization(recipe: Recipe, data: Dataset) -> Normalization:
-    measured = measure(data.train)
-    mean, std = recipe.mean or measured.mean, recipe.std or measured.std
+def _normalization(recipe: Recipe, data: AnyDataset) -> Normalization:
+    if recipe.mean and recipe.std:
+        mean, std = recipe.mean, recipe.std
+    else:
+        measured = measure(data.train)
+        mean, std = recipe.mean or measured.mean, recipe.std or measured.std
     return Normalization((mean[0], mean[1], mean[2]), (std[0], std[1], std[2]))
 
 
-def _make_net(
-    recipe: Recipe, options: RunOptions, data: Dataset, normalization: Normalization
-) -> tuple[Checkpoint, nn.Module]:
-    """The net, and the checkpoint that describes it before any training."""
-    arguments = {
-        **recipe.model_arguments,
-        "n_classes": len(data.classes),
-        "image_size": recipe.image_size,
-    }
-    net = nets.create(recipe.model, **arguments)
-    if isinstance(net, AirbenchNet):
-        sample = torch.from_numpy(data.train.images[:_WHITENING_SAMPLES])
-        net.whiten(normalization.apply(sample))
-    if options.weights:
-        _start_from(net, options.weights)
-    description = DataDescription(
-        options.data, data.classes, normalization.mean, normalization.std, _preprocessing(recipe)
-    )
-    architecture = Architecture(recipe.model, arguments)
-    return Checkpoint(net.state_dict(), architecture, description, recipe=recipe.as_dict()), net
+@dataclass(frozen=True, slots=True)
+class _Session:
+    """A run under way; only the first process has a tracker, and only it writes."""
 
+    trainer: Trainer
+    template: Checkpoint
+    tracker: Tracker | None
+    group: Group
+    options: RunOptions
 
-def _start_from(net: nn.Module, path: Path) -> None:
-    """Loads weights; those of a head with another number of classes are left out.
+    @property
+    def _best_path(self) -> Path:
+        return self.options.out / "best.pt"
 
-    Raises:
-        CheckpointError: Anything but the last layer is missing, unknown or of another shape.
-    """
-    weights, own = checkpoints.read_weights(path), net.state_dict()
-    fitting = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    head = list(own)[-1].rpartition(".")[0]
-    different = sorted(k for k in own.keys() ^ fitting.keys() if not k.startswith(f"{head}."))
-    different += sorted(weights.keys() - own.keys())
-    if different:
-        shown = ", ".join(different[:5])
-        raise CheckpointError(f"weights {path}: expected all but {head}.* to fit, not {shown}")
-    net.load_state_dict(fitting, strict=False)
+    def train(self, recipe: Recipe, progress: Progress) -> None:
+        """Runs epochs until the recipe's number, its patience or the time is used up."""
+        began, max_s = time.monotonic(), self.options.max_s
+        best = self._best_so_far()
+        stop = False
+        while not stop and self.trainer.epoch < recipe.epochs:
+            result = self.trainer.run_epoch(progress.on_step)
+            metrics = {
+                "epoch": float(result.epoch),
+                "valid_loss": result.valid_loss,
+                "valid_accuracy": result.valid_accuracy,
+            }
+            better = not best or result.valid_loss < best["valid_loss"]
+            best = metrics if better else best
+            self._keep(metrics, better)
+            if self.tracker:
+                self.tracker.write(result)
+            progress.on_epoch(result)
+            late = max_s is not None and time.monotonic() - began > max_s
+            stale = recipe.patience > 0 and result.epoch - best["epoch"] >= recipe.patience
+            stop = self.group.from_first(late or stale)
 
+    def _best_so_far(self) -> Mapping[str, float]:
+        resumed = self.tracker and self._best_path.exists()
+        return self.group.from_first(checkpoints.load(self._best_path).metrics if resumed else {})
 
-def _prepare_folder(
-    trainer: Trainer, template: Checkpoint, recipe: Recipe, options: RunOptions
-) -> int:
-    """Makes or takes up the folder of the run; returns how many epochs it already has.
+    def _keep(self, metrics: Mapping[str, float], better: bool) -> None:
+        if not self.tracker:
+            return
+        weights = self.trainer.net.state_dict()
+        current = replace(self.template, state_dict=weights, metrics=metrics)
+        if better:
+            checkpoints.save(self._best_path, current)
+        checkpoints.save(self.options.out / "last.pt", current, self.trainer.state_dict())
 
-    Raises:
-        CheckpointError: The folder or its last.pt is unusable.
-        RecipeError: The run to resume had other settings.
-    """
-    last = options.out / "last.pt"
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-        if options.resume and last.exists():
-            _check_same_run(checkpoints.load(last), template)
-            trainer.load_state_dict(checkpoints.load_training_state(last))
-        else:
-            (options.out / "best.pt").unlink(missing_ok=True)
-            checkpoints.save(last, template, trainer.state_dict())
-        config = {
-            "data": options.data,
-            "device": str(options.device),
-            "recipe": recipe.as_dict(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
-            "threads": torch.get_num_threads(),
-            "cpus": os.cpu_count(),
-        }
-        text = json.dumps(config, indent=2) + "\n"
-        (options.out / "config.json").write_text(text, "utf-8")
-    except OSError as error:
-        raise CheckpointError(f"out: cannot write to {options.out}: {error.strerror}") from error
-    return trainer.epoch
-
-
-def _check_same_run(last: Checkpoint, template: Checkpoint) -> None:
-    if (last.architecture, last.data) != (template.architecture, template.data):
-        raise RecipeError("resume: expected the data and model of last.pt, got others")
-    changed = [k for k, v in template.recipe.items() if last.recipe.get(k) != v]
-    if changed:
-        raise RecipeError(f"resume: expected the recipe of last.pt, got another {changed[0]}")
-
-
-def _train(
-    trainer: Trainer,
-    template: Checkpoint,
-    tracker: Tracker,
-    options: RunOptions,
-    progress: Progress,
-) -> None:
-    began = time.monotonic()
-    best_path = options.out / "best.pt"
-    best = checkpoints.load(best_path).metrics if best_path.exists() else {}
-    patience = template.recipe["patience"]
-    while trainer.epoch < template.recipe["epochs"]:
-        epoch_began = time.monotonic()
-        result = trainer.run_epoch(progress.on_step)
-        images_per_s = trainer.images_per_epoch / (time.monotonic() - epoch_began)
-        metrics = {
-            "epoch": float(result.epoch),
-            "valid_loss": result.valid_loss,
-            "valid_accuracy": result.valid_accuracy,
-        }
-        current = replace(template, state_dict=trainer.net.state_dict(), metrics=metrics)
-        if not best or result.valid_loss < best["valid_loss"]:
-            checkpoints.save(best_path, current)
-            best = metrics
-        checkpoints.save(options.out / "last.pt", current, trainer.state_dict())
-        tracker.write(result, images_per_s)
-        progress.on_epoch(result)
-        if options.max_s is not None and time.monotonic() - began > options.max_s:
-            break
-        if patience and result.epoch - best["epoch"] >= patience:
-            break
+    def finish(self, valid: Reader, test: Reader) -> Checkpoint:
+        """Calibrates and tests the best epoch, and completes its checkpoint."""
+        stored = checkpoints.load(self._best_path) if self.tracker else self.template
+        best = self.group.from_first(stored)
+        self.trainer.net.load_state_dict(best.state_dict)
+        temperature = fit_temperature(self.trainer.evaluate(valid))
+        tested = self.trainer.evaluate(test)
+        metrics = {**best.metrics, "test_loss": tested.loss, "test_accuracy": tested.accuracy}
+        final = replace(best, metrics=metrics, temperature=temperature)
+        if self.tracker:
+            checkpoints.save(self._best_path, final)
+            shown = torch.cat((torch.tensor([0]), misclassified(tested)))
+            pixels = next(iter(test.read([shown])))
+            self.tracker.finish(final, tested, self.trainer.net, pixels[:1], pixels[1:])
+        return final

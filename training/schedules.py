@@ -10,7 +10,9 @@ def rate_factor(recipe: Recipe, done: float) -> float:
 
     1) A linear climb from a tenth of the peak over `warmup_share`. 2) From there a straight line
     (triangular) or half a cosine down to a hundredth, or no change. `plateau` is driven by the
-    validation loss instead and only warms up here.
+    validation loss instead and only warms up here. `one_cycle` climbs by half a cosine from 1/25 of
+    the peak and falls by another to 1/250,000 (Smith and Topin, 2017, arXiv 1708.07120, in the form
+    of `torch.optim.lr_scheduler.OneCycleLR`).
 
     Args:
         recipe: Names the schedule.
@@ -18,12 +20,19 @@ def rate_factor(recipe: Recipe, done: float) -> float:
     """
     warmup = recipe.warmup_share
     if done < warmup:
-        return 0.1 + 0.9 * done / warmup
+        climbed = done / warmup
+        return _cosine(0.04, 1, climbed) if recipe.schedule == "one_cycle" else 0.1 + 0.9 * climbed
     rest = (done - warmup) / (1 - warmup)
     match recipe.schedule:
         case "triangular":
             return 1 - 0.99 * rest
         case "cosine":
-            return 0.01 + 0.99 * (1 + math.cos(math.pi * rest)) / 2
+            return _cosine(1, 0.01, rest)
+        case "one_cycle":
+            return _cosine(1, 4e-6, rest)
         case "constant" | "plateau":
             return 1.0
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2

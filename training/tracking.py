@@ -1,17 +1,20 @@
 """What a run writes down: metrics.jsonl for programs, TensorBoard events for people."""
 
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from training.checkpoints import Checkpoint
+from training.evaluate import Evaluation
+from training.inputs import Normalization
 from training.loop import EpochResult
-from training.report import feature_maps, first_filters
+from training.report import draw_confusion, feature_maps, first_filters, write_report
 
 
 class Tracker:
@@ -23,6 +26,7 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, keep_epochs: int = 0) -> None:
+        self._folder = folder
         self._path = folder / "metrics.jsonl"
         lines = self._path.read_text("utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if json.loads(line)["epoch"] <= keep_epochs]
@@ -40,11 +44,10 @@ class Tracker:
     ) -> None:
         self._writer.close()
 
-    def write(self, result: EpochResult, images_per_s: float) -> None:
+    def write(self, result: EpochResult) -> None:
         """Records an epoch."""
-        record = {**asdict(result), "images_per_s": round(images_per_s, 1)}
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(asdict(result)) + "\n")
         tags = {
             "Loss/train": result.train_loss,
             "Loss/valid": result.valid_loss,
@@ -52,31 +55,45 @@ class Tracker:
             "Accuracy/train": result.train_accuracy,
             "Accuracy/valid": result.valid_accuracy,
             "Learning rate": result.lr,
-            "Images per second": images_per_s,
+            "Images per second": result.images_per_s,
         }
         for tag, value in tags.items():
             self._writer.add_scalar(tag, value, result.epoch)
 
-    def draw(self, report: Figure, net: nn.Module, inputs: Tensor, wrong: Tensor) -> None:
-        """Shows the report, the first filters, their feature maps, and wrongly classified images.
+    def finish(
+        self, kept: Checkpoint, tested: Evaluation, net: nn.Module, image: Tensor, wrong: Tensor
+    ) -> None:
+        """Draws report.png and shows what came of the run.
 
         Args:
-            report: Curves and confusion matrix.
-            net: In the state that is kept.
-            inputs: Normalised test images `[N, 3, H, W]`; the first gives the feature maps.
-            wrong: Pixels of misclassified images `[M, H, W, 3]` uint8.
+            kept: Settings and final metrics.
+            tested: On the test images.
+            net: With the weights that are kept.
+            image: Pixels `[1, H, W, 3]` uint8 of a test image, for the graph and feature maps.
+            wrong: Pixels of misclassified test images `[M, H, W, 3]` uint8.
         """
-        self._writer.add_figure("Report", report, close=False)
+        classes = kept.data.classes
+        self._writer.add_figure("Report", write_report(self._folder, classes, tested))
+        self._writer.add_figure("Confusion matrix", draw_confusion(tested, classes))
         if len(wrong):
-            self._writer.add_images("Misclassified", wrong, dataformats="NHWC")
+            self._writer.add_images("Misclassified", wrong.cpu(), dataformats="NHWC")
+        normalized = Normalization(kept.data.mean, kept.data.std).apply(image)
         filters = first_filters(net)
         if filters is not None:
             self._writer.add_images("First layer/filters", filters)
-            maps = feature_maps(net, inputs[:1])
-            self._writer.add_images("First layer/feature maps", maps)
+            self._writer.add_images("First layer/feature maps", feature_maps(net, normalized))
+        self._add_graph(net, normalized)
+        self._add_settings(kept)
 
-    def finish(self, settings: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Records the run's settings beside what came of them."""
-        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in settings.items()}
-        final = {f"final/{name}": value for name, value in metrics.items()}
-        self._writer.add_hparams(plain, final, run_name=".")
+    def _add_graph(self, net: nn.Module, image: Tensor) -> None:
+        with warnings.catch_warnings():
+            # TensorBoard's graph is a torch.jit trace, which is deprecated.
+            warnings.filterwarnings("ignore", message="`torch.jit.*`")
+            self._writer.add_graph(net.eval(), image)
+
+    def _add_settings(self, kept: Checkpoint) -> None:
+        settings = {
+            k: v if isinstance(v, int | float | str) else str(v) for k, v in kept.recipe.items()
+        }
+        final = {f"final/{name}": value for name, value in kept.metrics.items()}
+        self._writer.add_hparams(settings, final, run_name=".")

@@ -1,27 +1,38 @@
 import numpy as np
 import torch
 
-from training.augment import alternating, augment, cutout, flip, shift
+from training.augment import Draws, alternating, cutout, draw, move
 from training.recipe import Recipe
 
+PIXELS = torch.randint(256, (6, 8, 9, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 IMAGES = torch.arange(6 * 3 * 8 * 8, dtype=torch.float32).view(6, 3, 8, 8) + 1
+MIRRORED = torch.tensor([True, False, False, True, True, False])
 
 
 def test_shifts_are_numpys_reflected_padding_image_by_image() -> None:
     offsets = torch.tensor([[0, 0], [2, 0], [0, -2], [-1, 2], [2, 2], [-2, -2]])
-    moved = shift(IMAGES, offsets)
-    for image, (down, right), answer in zip(IMAGES, offsets.tolist(), moved, strict=True):
-        padded = np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode="reflect")
-        expected = padded[:, 2 - down : 10 - down, 2 - right : 10 - right]
+    moved = move(PIXELS, Draws(offsets=offsets))
+    for image, (down, right), answer in zip(PIXELS, offsets.tolist(), moved, strict=True):
+        padded = np.pad(image.numpy(), ((2, 2), (2, 2), (0, 0)), mode="reflect")
+        expected = padded[2 - down : 10 - down, 2 - right : 11 - right]
         assert np.array_equal(answer.numpy(), expected)
 
 
 def test_flips_mirror_the_chosen_images_only() -> None:
-    chosen = torch.tensor([True, False, False, True, True, False])
-    flipped = flip(IMAGES, chosen)
-    for image, mirrored, answer in zip(IMAGES, chosen, flipped, strict=True):
-        expected = image.numpy()[..., ::-1] if mirrored else image.numpy()
+    flipped = move(PIXELS, Draws(mirrored=MIRRORED))
+    for image, mirrored, answer in zip(PIXELS, MIRRORED, flipped, strict=True):
+        expected = image.numpy()[:, ::-1] if mirrored else image.numpy()
         assert np.array_equal(answer.numpy(), expected)
+
+
+def test_a_mirrored_image_is_then_shifted() -> None:
+    offsets = torch.randint(-2, 3, (6, 2), generator=torch.Generator().manual_seed(1))
+    both = move(PIXELS, Draws(MIRRORED, offsets))
+    assert torch.equal(both, move(move(PIXELS, Draws(MIRRORED)), Draws(offsets=offsets)))
+
+
+def test_no_step_leaves_the_images_alone() -> None:
+    assert move(PIXELS, draw(Recipe(), torch.zeros(6), 0, torch.Generator())) is PIXELS
 
 
 def test_the_alternating_flip_shows_both_ways_in_any_two_epochs() -> None:
@@ -30,10 +41,9 @@ def test_the_alternating_flip_shows_both_ways_in_any_two_epochs() -> None:
     assert first.tolist() == [True, False, False, True]
     assert torch.equal(first, ~second)
     assert torch.equal(first, third)
-    answer = augment(
-        IMAGES[:4], coins, 1, Recipe(flip="alternating"), torch.Generator().manual_seed(0)
-    )
-    assert torch.equal(answer, flip(IMAGES[:4], second))
+    draws = draw(Recipe(flip="alternating"), coins, 1, torch.Generator().manual_seed(0))
+    assert draws.mirrored is not None
+    assert torch.equal(draws.mirrored, second)
 
 
 def test_cutout_covers_one_square_per_image() -> None:
@@ -45,13 +55,20 @@ def test_cutout_covers_one_square_per_image() -> None:
 
 
 def test_every_image_gets_a_draw_of_its_own_that_the_seed_repeats() -> None:
-    same = IMAGES[:1].expand(64, 3, 8, 8)
+    same = PIXELS[:1].expand(64, 8, 9, 3)
     recipe = Recipe(flip="random", shift_px=2, cutout_px=2)
 
-    def draw(seed: int) -> torch.Tensor:
-        draws = torch.Generator().manual_seed(seed)
-        return augment(same, torch.arange(64) % 2, 0, recipe, draws)
+    def moved(seed: int) -> torch.Tensor:
+        draws = draw(recipe, torch.arange(64) % 2, 0, torch.Generator().manual_seed(seed))
+        return move(same, draws)
 
-    assert len(draw(0).unique(dim=0)) > 40
-    assert torch.equal(draw(0), draw(0))
-    assert not torch.equal(draw(0), draw(1))
+    assert len(moved(0).unique(dim=0)) > 30
+    assert torch.equal(moved(0), moved(0))
+    assert not torch.equal(moved(0), moved(1))
+
+
+def test_draws_are_divided_like_the_batch() -> None:
+    recipe = Recipe(flip="random", shift_px=2, cutout_px=2)
+    draws = draw(recipe, torch.zeros(6), 0, torch.Generator().manual_seed(0))
+    parts = [move(PIXELS[rank::2], draws[rank::2]) for rank in (0, 1)]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), move(PIXELS, draws))

@@ -68,7 +68,8 @@ def test_ones_own_folder_is_trained_on(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = f"imagefolder:{image_folder}"
-    arguments = ("--model", "net", "--batch-size", 8, "--epochs", 8, "--set", "shift_px=0")
+    arguments = ("--recipe", "digits", "--model", "net", "--batch-size", 8, "--epochs", 8)
+    arguments += ("--set", "shift_px=0")
     assert train(monkeypatch, "--data", data, *arguments, "--out", tmp_path / "run") == 0
     checkpoint = checkpoints.load(tmp_path / "run" / "best.pt")
     assert checkpoint.data.classes == ("bright", "dark")

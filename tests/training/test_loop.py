@@ -10,13 +10,22 @@ from torch import Tensor, nn
 from training import checkpoints, nets
 from training.data import ImageSet
 from training.errors import DivergedError, RecipeError
-from training.evaluate import Evaluation, evaluate, fit_temperature
+from training.evaluate import Evaluation, fit_temperature, predict
 from training.inputs import Normalization, measure
 from training.loop import Trainer
 from training.optim import make_optimizer, penalty
+from training.readers import MemoryReader
 from training.recipe import Recipe
 
 NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def evaluate(net: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 500) -> Evaluation:
+    return Evaluation(predict(net, images.split(batch_size)), labels)
+
+
+def make_reader(images: Tensor, labels: Tensor) -> MemoryReader:
+    return MemoryReader(ImageSet(images.numpy(), labels.numpy()), torch.device("cpu"))
 
 
 def make_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -31,7 +40,8 @@ def make_trainer(valid: tuple[Tensor, Tensor] | None = None, **settings: object)
     recipe = Recipe(**{"model": "net", "batch_size": 16, "image_size": 8, "lr": 0.1, **settings})  # type: ignore[arg-type]
     torch.manual_seed(recipe.seed)
     net = nets.create("net", n_classes=4, image_size=8, dropout=0.2)
-    return Trainer(net, recipe, NORMALIZATION, make_images(70), valid or make_images(30, seed=1))
+    readers = (make_reader(*images) for images in (make_images(70), valid or make_images(30, 1)))
+    return Trainer(net, recipe, NORMALIZATION, *readers)
 
 
 def weights(trainer: Trainer) -> Tensor:
@@ -81,7 +91,7 @@ def test_training_reports_the_loss_of_a_sample() -> None:
     """With a rate near 0 the mean over batches of 16, 16, 16, 16 and 6 is that of all samples."""
     trainer = make_trainer(lr=1e-12)
     trainer.net.dropout.p = 0.0
-    expected = trainer.evaluate(*make_images(70))
+    expected = trainer.evaluate(make_reader(*make_images(70)))
     result = trainer.run_epoch(lambda: None)
     assert result.train_loss == pytest.approx(expected.loss, rel=1e-5)
     assert result.train_accuracy == pytest.approx(expected.accuracy)
@@ -222,5 +232,5 @@ def test_accuracy_after_reloading_is_equal_to_the_bit(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "best.pt", kept)
     net = checkpoints.load(tmp_path / "best.pt").build_net()
     images, labels = make_images(30, seed=1)
-    ours = trainer.evaluate(images, labels)
+    ours = trainer.evaluate(make_reader(images, labels))
     assert torch.equal(evaluate(net, NORMALIZATION.apply(images), labels).logits, ours.logits)

@@ -13,7 +13,7 @@ _SPLIT_SEED = 0
 _HELD_OUT_SHARE = 1 / 6
 
 
-def load_digits(steps: Preprocessing) -> Dataset:
+def load_digits(steps: Preprocessing) -> Dataset[ImageSet]:
     """The digits 0 to 9: about 1,250 to train on, 250 to validate, 300 to test.
 
     The 8 x 8 values 0..16 become 0..255, grey becomes RGB, and Pillow resizes them as `steps` says.

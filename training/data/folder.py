@@ -4,10 +4,11 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,21 +67,6 @@ def list_images(folder: Path, classes: tuple[str, ...] | None = None) -> Listing
     return listing
 
 
-def find_unreadable(listing: Listing, steps: Preprocessing) -> list[int]:
-    """The indices of the files that cannot be decoded."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        readable = pool.map(lambda path: _is_readable(path, steps), listing.paths)
-        return [index for index, good in enumerate(readable) if not good]
-
-
-def _is_readable(path: Path, steps: Preprocessing) -> bool:
-    try:
-        read_image(path, steps)
-    except DataError:
-        return False
-    return True
-
-
 def decode(
     listing: Listing, steps: Preprocessing, cache: Path | None, skip_bad: bool = False
 ) -> ImageSet:
@@ -96,7 +82,7 @@ def decode(
     Raises:
         DataError: Files are unreadable, or none is left of a class.
     """
-    entry = cache / f"{_cache_key(listing, steps)}.npz" if cache else None
+    entry = cache_entry(cache, listing, steps, "npz")
     if entry and entry.is_file():
         with np.load(entry, allow_pickle=False) as stored:
             return ImageSet(stored["images"], stored["labels"])
@@ -119,7 +105,7 @@ def decode(
         decoded = decoded.take(np.array([i for i, f in enumerate(faults) if f is None], np.int64))
         check_classes(decoded.labels, listing.classes)
     elif entry:
-        _store(entry, decoded)
+        store(entry, lambda file: np.savez(file, images=decoded.images, labels=decoded.labels))
     return decoded
 
 
@@ -135,13 +121,27 @@ def report_unreadable(faults: list[str], skip_bad: bool) -> None:
     _log.warning("data: left out %d unreadable images: %s", len(faults), shown)
 
 
-def _cache_key(listing: Listing, steps: Preprocessing) -> str:
+def cache_entry(
+    cache: Path | None, listing: Listing, steps: Preprocessing, suffix: str
+) -> Path | None:
+    """Where `cache` keeps what was found out about these files at this size."""
+    if cache is None:
+        return None
     text = f"{listing.fingerprint()} {sorted(asdict(steps).items())}"
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return cache / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.{suffix}"
 
 
-def _store(entry: Path, decoded: ImageSet) -> None:
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as file:
-        np.savez(file, images=decoded.images, labels=decoded.labels)
-    Path(file.name).replace(entry)
+def store(entry: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Writes a cache entry atomically; where that fails, warns and leaves none."""
+    temporary = None
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=entry.parent, suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+            write(file)
+        temporary.replace(entry)
+    except OSError as error:
+        _log.warning("data: cannot cache decoded images in %s: %s", entry.parent, error)
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

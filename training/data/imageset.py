@@ -1,7 +1,8 @@
-"""Images with labels, held in memory, and their split."""
+"""Images with labels, and their split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,9 +10,35 @@ from numpy.typing import NDArray
 from training.errors import DataError
 
 
+class Images(Protocol):
+    """N images of one size, wherever they are kept."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class indices `[N]`."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: NDArray[np.int64]) -> Self:
+        """The images at `indices`, in that order."""
+        ...
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """The pixels `[M, H, W, 3]` of the images at `indices`."""
+        ...
+
+    def measure(self) -> NDArray[np.int64]:
+        """The sums `[2, 3]` over all images: see `channel_sums`."""
+        ...
+
+
+Kept = TypeVar("Kept", bound=Images)
+
+
 @dataclass(frozen=True, slots=True)
 class ImageSet:
-    """N images of one size."""
+    """N images of one size in memory."""
 
     images: NDArray[np.uint8]  # [N, H, W, 3]
     labels: NDArray[np.int64]  # [N]
@@ -20,18 +47,33 @@ class ImageSet:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> "ImageSet":
-        """The images at `indices`, in that order."""
+        """See `Images`."""
         return ImageSet(self.images[indices], self.labels[indices])
+
+    def read(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """See `Images`."""
+        return self.images[list(indices)]
+
+    def measure(self) -> NDArray[np.int64]:
+        """See `Images`."""
+        total: NDArray[np.int64] = sum(map(channel_sums, self.images), np.zeros((2, 3), np.int64))
+        return total
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
+class Dataset(Generic[Kept]):
     """Three sets without a common image; `test` chooses nothing."""
 
-    train: ImageSet
-    valid: ImageSet
-    test: ImageSet
+    train: Kept
+    valid: Kept
+    test: Kept
     classes: tuple[str, ...]
+
+
+def channel_sums(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Sum and sum of squares of every channel of an image `[H, W, 3]`, exact: `[2, 3]`."""
+    values = pixels.reshape(-1, 3).astype(np.int64)
+    return np.stack((values.sum(0), np.einsum("nc,nc->c", values, values)))
 
 
 def stratified_split(
