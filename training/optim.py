@@ -1,9 +1,12 @@
 """Optimisers, penalties and averages of weights, as a recipe names them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from training.muon import Muon
 from training.recipe import Recipe
 
 _LOOKAHEAD_STEPS = 5
@@ -14,30 +17,47 @@ def make_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Makes the optimiser, with the parameters grouped by decay and by rate.
 
     Each group carries `peak_lr`, which the schedule scales. Parameters of one dimension (biases,
-    norms) are decayed only where `decay_all` says so.
+    norms) are decayed only where `decay_all` says so, the kernels that `muon` moves never.
     """
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
     norm_biases = {id(m.bias) for m in net.modules() if isinstance(m, norms)}
-    trained = [p for p in net.parameters() if p.requires_grad]
-    fast = [p for p in trained if id(p) in norm_biases]
-    plain = [p for p in trained if id(p) not in norm_biases and p.ndim == 1]
-    weights = [p for p in trained if p.ndim > 1]
+    muon = recipe.optimizer == "muon"
     decay = recipe.weight_decay if recipe.decay_all else 0.0
-    fast_lr = recipe.lr * recipe.norm_bias_lr_factor
-    groups = [
-        _group(weights, recipe.lr, recipe.weight_decay),
-        _group(plain, recipe.lr, decay),
-        _group(fast, fast_lr, decay / recipe.norm_bias_lr_factor),
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    nesterov = recipe.momentum > 0
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)
+    factor = recipe.norm_bias_lr_factor
+    weights = _group(recipe.lr, recipe.weight_decay, recipe.momentum)
+    plain = _group(recipe.lr, decay, recipe.momentum)
+    fast = _group(recipe.lr * factor, decay / factor, recipe.momentum)
+    kernels = _group(recipe.muon_lr, 0.0, recipe.muon_momentum, orthogonal=True)
+    for parameter in (p for p in net.parameters() if p.requires_grad):
+        if id(parameter) in norm_biases:
+            group = fast
+        elif parameter.ndim == 1:
+            group = plain
+        else:
+            group = kernels if muon and parameter.ndim == 4 else weights
+        group["params"].append(parameter)
+    groups = [group for group in (weights, plain, fast, kernels) if group["params"]]
+    match recipe.optimizer:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=recipe.lr)
+        case "sgd":
+            momentum = recipe.momentum
+            return torch.optim.SGD(groups, recipe.lr, momentum, nesterov=momentum > 0)
+        case "muon":
+            return Muon(groups)
 
 
-def _group(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> dict[str, object]:
-    return {"params": parameters, "lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
+def _group(
+    lr: float, weight_decay: float, momentum: float, orthogonal: bool = False
+) -> dict[str, Any]:
+    return {
+        "params": [],
+        "lr": lr,
+        "peak_lr": lr,
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "orthogonal": orthogonal,
+    }
 
 
 def penalty(net: nn.Module, recipe: Recipe) -> Tensor:

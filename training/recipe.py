@@ -24,9 +24,12 @@ class Recipe:
         std: Divided by, per channel; empty measures it likewise.
         epochs: Passes over the training set.
         batch_size: Images a step.
-        optimizer: `sgd` (with Nesterov's momentum where momentum > 0) or `adamw`.
+        optimizer: `sgd` (with Nesterov's momentum where momentum > 0), `adamw`, or `muon`, which is
+            sgd except for the kernels of convolutions.
         lr: Peak learning rate, for a loss that is the mean of its batch.
-        momentum: Of `sgd`.
+        momentum: Of `sgd` and `muon`.
+        muon_lr: Peak learning rate of the kernels under `muon`.
+        muon_momentum: Of the kernels under `muon`.
         weight_decay: Added to the gradient as weight_decay * p (sgd), or decoupled (adamw).
         decay_all: Decay biases and norm parameters as well, as the lecture does.
         norm_bias_lr_factor: Multiplies the rate of the norms' biases (Jordan, 2024).
@@ -59,9 +62,11 @@ class Recipe:
     std: tuple[float, ...] = ()
     epochs: int = 10
     batch_size: int = 64
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw", "muon"] = "sgd"
     lr: float = 0.01
     momentum: float = 0.0
+    muon_lr: float = 0.1
+    muon_momentum: float = 0.6
     weight_decay: float = 0.0
     decay_all: bool = False
     norm_bias_lr_factor: float = 1.0
@@ -83,10 +88,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "epochs", "batch_size", "lr"):
+        for name in ("image_size", "epochs", "batch_size", "lr", "muon_lr"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("warmup_share", "label_smoothing", "momentum", "ema_decay"):
+        for name in ("warmup_share", "label_smoothing", "momentum", "muon_momentum", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(f"{name}: expected 0 <= x < 1, got {getattr(self, name)}")
         for name in ("weight_decay", "l1", "l2", "shift_px", "cutout_px", "clip_norm", "patience"):

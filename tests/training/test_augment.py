@@ -4,7 +4,9 @@ import torch
 from training.augment import Draws, alternating, cutout, draw, move
 from training.recipe import Recipe
 
-PIXELS = torch.randint(256, (6, 8, 9, 3), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+PIXELS = torch.randint(256, (6, 8, 9, 3), generator=torch.Generator().manual_seed(0)).to(
+    torch.uint8
+)
 IMAGES = torch.arange(6 * 3 * 8 * 8, dtype=torch.float32).view(6, 3, 8, 8) + 1
 MIRRORED = torch.tensor([True, False, False, True, True, False])
 

@@ -1,4 +1,5 @@
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from training import checkpoints
+from training import checkpoints, nets
 from training.__main__ import main
 
 
@@ -26,41 +29,80 @@ def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return 0
 
 
-def test_a_run_writes_everything_it_promises(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "digits"
-    assert train(monkeypatch, "--model", "airbench", "--epochs", 2, "--out", out) == 0
-    checkpoint = checkpoints.load(out / "best.pt")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two epochs."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with pytest.MonkeyPatch.context() as patch:
+        assert train(patch, "--model", "airbench", "--epochs", 2, "--out", out) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def events(finished: Path) -> EventAccumulator:
+    return EventAccumulator(str(finished / "tensorboard")).Reload()
+
+
+def read_lines(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_everything_it_promises(finished: Path) -> None:
+    checkpoint = checkpoints.load(finished / "best.pt")
     assert checkpoint.metrics["test_accuracy"] > 0.9
     assert checkpoint.recipe["epochs"] == 2
     assert checkpoint.data.classes == tuple("0123456789")
     assert checkpoint.temperature != 1
-    assert checkpoints.load_training_state(out / "last.pt")["epoch"] == 2
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
-    assert json.loads((out / "config.json").read_text())["recipe"]["model"] == "airbench"
+    assert checkpoints.load_training_state(finished / "last.pt")["epoch"] == 2
+    assert [line["epoch"] for line in read_lines(finished)] == [1, 2]
+    assert json.loads((finished / "config.json").read_text())["recipe"]["model"] == "airbench"
+    assert cv2.imread(str(finished / "report.png")).shape == (400, 1200, 3)
 
 
-def test_events_hold_loss_accuracy_and_rate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    assert train(monkeypatch, "--model", "net", "--epochs", 2, "--out", tmp_path) == 0
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert {"Report", "First layer/filters", "First layer/feature maps"} <= {
-        tag.rpartition("/")[0] if tag[-1].isdigit() else tag for tag in events.Tags()["images"]
-    }
-    assert cv2.imread(str(tmp_path / "report.png")).shape == (400, 1200, 3)
-    for tag, name in (
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
         ("Loss/train", "train_loss"),
+        ("Loss/valid", "valid_loss"),
+        ("Loss/penalty", "penalty"),
+        ("Accuracy/train", "train_accuracy"),
         ("Accuracy/valid", "valid_accuracy"),
         ("Learning rate", "lr"),
-    ):
-        values = [event.value for event in events.Scalars(tag)]
-        assert values == pytest.approx([line[name] for line in lines])
+        ("Images per second", "images_per_s"),
+    ],
+)
+def test_events_hold_the_numbers_of_every_epoch(
+    tag: str, name: str, finished: Path, events: EventAccumulator
+) -> None:
+    expected = [line[name] for line in read_lines(finished)]
+    assert [event.value for event in events.Scalars(tag)] == pytest.approx(expected)
+    assert [event.step for event in events.Scalars(tag)] == [1, 2]
+
+
+def test_events_hold_the_pictures_and_the_graph(events: EventAccumulator) -> None:
+    pictures = {
+        "Report",
+        "Confusion matrix",
+        "First layer/filters",
+        "First layer/feature maps",
+        "Misclassified",
+    }
+    assert set(events.Tags()["images"]) == pictures
+    nodes = " ".join(node.name for node in events.Graph().node)
+    for layer in ("AirbenchNet/Conv2d[whitening]", "_Block[2]/BatchNorm2d[norm2]", "Linear[head]"):
+        assert layer in nodes
+
+
+def test_events_hold_the_settings_beside_the_final_metrics(
+    finished: Path, events: EventAccumulator
+) -> None:
+    stored = events.PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(stored["_hparams_/session_start_info"])
+    settings = start.session_start_info.hparams
+    assert settings["model"].string_value == "airbench"
+    assert settings["lr"].number_value == 2e-3
+    for name, value in checkpoints.load(finished / "best.pt").metrics.items():
+        assert [e.value for e in events.Scalars(f"final/{name}")] == pytest.approx([value])
 
 
 def test_ones_own_folder_is_trained_on(
@@ -102,6 +144,74 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(
     for name, value in ends[0].state_dict.items():
         assert torch.equal(value, ends[1].state_dict[name]), name
     assert train(monkeypatch, *stopped, "--resume", "--lr", 0.5) == 2
+
+
+def test_files_and_memory_end_with_the_same_weights(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ("--data", f"imagefolder:{image_folder}", "--recipe", "digits", "--epochs", 2)
+    arguments += ("--model", "net", "--batch-size", 8)
+    assert train(monkeypatch, *arguments, "--out", tmp_path / "memory") == 0
+    streamed = ("--stream", "--workers", 0, "--out", tmp_path / "files")
+    assert train(monkeypatch, *arguments, *streamed) == 0
+    ends = [checkpoints.load(tmp_path / name / "best.pt") for name in ("memory", "files")]
+    assert ends[0].metrics == ends[1].metrics
+    for name, value in ends[0].state_dict.items():
+        assert torch.equal(value, ends[1].state_dict[name]), name
+
+
+def test_training_stops_early_when_validation_gets_no_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = ("--model", "net", "--lr", 1e-30, "--set", "weight_decay=0.0", "--set", "shift_px=0")
+    patience = ("--epochs", 9, "--set", "patience=2")
+    assert train(monkeypatch, *still, *patience, "--out", tmp_path) == 0
+    assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2, 3]
+    assert checkpoints.load(tmp_path / "best.pt").metrics["epoch"] == 1
+
+
+@pytest.mark.parametrize("model", ["net", "resnet18"])
+def test_a_frozen_backbone_keeps_weights_and_statistics(
+    model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch.manual_seed(5)
+    weights = nets.create(model, n_classes=7, image_size=32).state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
+    arguments = ("--data", f"imagefolder:{image_folder}", "--model", model, "--batch-size", 8)
+    arguments += ("--recipe", "digits", "--epochs", 1, "--set", "freeze_backbone=true")
+    frozen = ("--weights", tmp_path / "weights.pt", "--out", tmp_path / "run")
+    assert train(monkeypatch, *arguments, *frozen) == 0
+    ended = checkpoints.load(tmp_path / "run" / "last.pt").state_dict
+    head = "fc2." if model == "net" else "fc."
+    for name, value in weights.items():
+        if not name.startswith(head):
+            assert torch.equal(ended[name], value), name
+    assert ended[f"{head}weight"].shape[0] == 2
+    begun = checkpoints.load_training_state(tmp_path / "run" / "last.pt")["optimizer"]["state"]
+    assert len(begun) == 2  # the head's weight and bias
+    assert train(monkeypatch, *arguments, "--out", tmp_path / "none") == 2
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped = ("--model", "net", "--epochs", 3, "--out", tmp_path)
+    assert train(monkeypatch, *stopped, "--max-minutes", 0) == 0
+    before = {name: (tmp_path / name).read_bytes() for name in ("best.pt", "last.pt")}
+    capsys.readouterr()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A full disk, as far as one process can make one: no file may grow over 50 kB.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limit[1]))
+    try:
+        assert train(monkeypatch, *stopped, "--resume") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    stderr = capsys.readouterr().err.splitlines()
+    assert len(stderr) == 1
+    assert "cannot write" in stderr[0]
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_weights_start_a_run_with_other_classes(

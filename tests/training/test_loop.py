@@ -1,4 +1,6 @@
+import copy
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from training.errors import DivergedError, RecipeError
 from training.evaluate import Evaluation, fit_temperature, predict
 from training.inputs import Normalization, measure
 from training.loop import Trainer
+from training.muon import orthogonalised
 from training.optim import make_optimizer, penalty
 from training.readers import MemoryReader
 from training.recipe import Recipe
@@ -111,6 +114,7 @@ def test_it_learns() -> None:
     [
         {"momentum": 0.9, "schedule": "triangular", "warmup_share": 0.2},
         {"optimizer": "adamw", "average": "ema", "ema_decay": 0.9, "schedule": "cosine"},
+        {"optimizer": "muon", "momentum": 0.85, "schedule": "one_cycle", "warmup_share": 0.3},
         {"average": "lookahead", "flip": "alternating", "shift_px": 1, "cutout_px": 3},
         {"schedule": "plateau", "lr": 2.0, "clip_norm": 0.5, "flip": "random"},
     ],
@@ -175,6 +179,37 @@ def test_every_parameter_is_optimised_once_and_norm_biases_faster() -> None:
     assert rates[id(net.fc1.bias)] == pytest.approx(0.1)
 
 
+def test_muon_moves_kernels_by_orthogonal_steps_and_the_rest_as_sgd() -> None:
+    torch.manual_seed(0)
+    net = nets.create("airbench", widths=(8, 8, 8))
+    before, twin = copy.deepcopy(net), copy.deepcopy(net)
+    settings = {"lr": 0.1, "momentum": 0.8, "weight_decay": 0.01, "norm_bias_lr_factor": 4.0}
+    images = torch.randn(4, 3, 32, 32)
+    for model, name in ((net, "muon"), (twin, "sgd")):
+        model(images).square().sum().backward()
+        make_optimizer(model, Recipe(optimizer=name, muon_lr=0.3, **settings)).step()  # type: ignore[arg-type]
+    for (name, moved), other in zip(net.named_parameters(), twin.parameters(), strict=True):
+        if not (moved.requires_grad and moved.ndim == 4):
+            torch.testing.assert_close(moved, other, msg=name)
+    kernel, old = (model.blocks[0].conv2.weight.detach() for model in (net, before))
+    step = (old * 8**0.5 / old.norm() - kernel).flatten(1) / 0.3
+    gradient = net.blocks[0].conv2.weight.grad.flatten(1)
+    torch.testing.assert_close(step, orthogonalised(gradient), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_orthogonalised_evens_the_singular_values_and_keeps_the_vectors(
+    shape: tuple[int, int],
+) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    core = left.T @ orthogonalised(matrix, steps=5) @ right.T
+    torch.testing.assert_close(core, core.diagonal().diag(), atol=1e-4, rtol=0)
+    assert values.max() / values.min() > 2
+    assert core.diagonal().max() / core.diagonal().min() < 2
+    assert core.diagonal().mean() == pytest.approx(1, abs=0.2)
+
+
 def test_the_plateau_schedule_follows_validation_not_training() -> None:
     """Training labels are learnable, validation labels are noise: only validation stagnates."""
     images, labels = make_images(30, seed=1)
@@ -183,6 +218,39 @@ def test_the_plateau_schedule_follows_validation_not_training() -> None:
     results = [trainer.run_epoch(lambda: None) for _ in range(25)]
     assert results[-1].lr < 0.05
     assert results[-1].train_loss < results[0].train_loss
+
+
+def test_bfloat16_learns_and_is_left_to_gpus_by_default() -> None:
+    half, full, default = (
+        make_trainer(momentum=0.9, precision=name) for name in ("bfloat16", "float32", "auto")
+    )
+    run(half, 10)
+    run(full, 10)
+    run(default, 10)
+    assert half.evaluate(make_reader(*make_images(30, 1))).accuracy > 0.9
+    assert torch.equal(weights(full), weights(default))
+    assert not torch.equal(weights(half), weights(full))
+    assert all(p.dtype == torch.float32 for p in half.net.parameters())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own making
+def test_a_compiled_step_is_the_eager_step() -> None:
+    eager, compiled = (make_trainer(compile=flag, batch_size=35) for flag in (False, True))
+    for trainer in (eager, compiled):
+        trainer.net.dropout.p = 0.0
+        run(trainer, 1)
+    torch.testing.assert_close(weights(compiled), weights(eager), atol=1e-5, rtol=1e-4)
+    assert set(compiled.state_dict()["net"]) == set(eager.state_dict()["net"])
+
+
+def test_images_are_evaluated_some_at_a_time() -> None:
+    trainer = make_trainer()
+    sizes: list[int] = []
+    trainer.net.register_forward_pre_hook(lambda _net, inputs: sizes.append(len(inputs[0])))
+    evaluation = trainer.evaluate(make_reader(*make_images(1100)))
+    assert len(evaluation.labels) == len(evaluation.logits) == sum(sizes) == 1100
+    assert max(sizes) <= 500
 
 
 def test_a_nan_loss_stops_with_advice() -> None:

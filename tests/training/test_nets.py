@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -107,3 +110,10 @@ def test_a_wrong_name_or_argument_is_named(
 ) -> None:
     with pytest.raises(NetError, match=message):
         nets.create(name, **arguments)
+
+
+def test_a_checkpoint_is_read_without_torchvision() -> None:
+    """Its import takes seconds, which every export of one of our own nets would pay."""
+    code = "import sys, training.checkpoints, training.data; print('torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

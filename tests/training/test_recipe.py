@@ -1,6 +1,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim.lr_scheduler import OneCycleLR
 
 from training import recipe as recipes
 from training.errors import RecipeError
@@ -39,7 +41,8 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
         ({"epochs": True}, "epochs: expected int"),
         ({"lr": "fast"}, "lr: expected a number"),
         ({"lr": -1}, "lr: expected more than 0"),
-        ({"optimizer": "lion"}, "expected one of sgd, adamw"),
+        ({"optimizer": "lion"}, "expected one of sgd, adamw, muon"),
+        ({"shift_px": 32}, "less than image_size, got 32"),
         ({"mean": [0.5]}, "expected 3 numbers"),
         ({"momentum": 1.0}, "0 <= x < 1"),
         ({"shift_px": -1}, "0 or more"),
@@ -63,6 +66,28 @@ def test_settings_on_the_command_line_are_toml_or_text() -> None:
 
 
 @pytest.mark.parametrize(
+    ("data", "model", "has_weights", "expected"),
+    [
+        ("digits", None, False, "digits"),
+        ("digits", "resnet18", True, "digits"),
+        ("cifar10", None, False, "fast"),
+        ("imagefolder:photos", None, False, "fast"),
+        ("imagefolder:photos", None, True, "finetune"),
+        ("imagefolder:photos", "resnet18", False, "finetune"),
+        ("imagefolder:photos", "airbench", True, "fast"),
+        ("cifar10", "net", False, "lecture"),
+        ("cifar10", "net_res_deep", False, "lecture-resnet"),
+    ],
+)
+def test_a_run_without_a_recipe_takes_the_one_that_fits(
+    data: str, model: str | None, has_weights: bool, expected: str
+) -> None:
+    assert recipes.default_for(data, model, has_weights) == expected
+    if model and data != "digits" and not model.startswith("resnet"):
+        assert recipes.load_recipe(expected).model == model
+
+
+@pytest.mark.parametrize(
     ("schedule", "expected"),
     [
         ("triangular", [0.1, 0.55, 1.0, 0.505, 0.01]),
@@ -80,3 +105,14 @@ def test_the_cosine_lies_over_the_line_first_and_under_it_later() -> None:
     line, curve = (Recipe(schedule=name) for name in ("triangular", "cosine"))  # type: ignore[arg-type]
     assert rate_factor(curve, 0.25) > rate_factor(line, 0.25)
     assert rate_factor(curve, 0.75) < rate_factor(line, 0.75)
+
+
+def test_one_cycle_is_pytorchs() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    theirs = OneCycleLR(optimizer, max_lr=1, total_steps=101, pct_start=0.3, cycle_momentum=False)
+    # PyTorch's climb ends one step before its pct_start.
+    recipe = Recipe(schedule="one_cycle", warmup_share=(0.3 * 101 - 1) / 100)
+    for step in range(100):
+        assert rate_factor(recipe, step / 100) == pytest.approx(theirs.get_last_lr()[0]), step
+        optimizer.step()
+        theirs.step()
