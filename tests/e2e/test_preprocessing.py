@@ -1,4 +1,4 @@
-"""Training and server bring a file to pixels by two implementations of one description."""
+"""Training, server and batch bring a file to pixels by three implementations of one text."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clients.batch.decoding import Preprocessing as BatchSteps
+from clients.batch.decoding import decode
 from server.images import decode_image
 from server.manifest import Interpolation
 from server.manifest import Preprocessing as ServerSteps
@@ -51,11 +53,14 @@ def files(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-def test_the_server_sees_what_training_saw(tmp_path, steps, interpolation):
+def test_server_and_batch_see_what_training_saw(tmp_path, steps, interpolation):
     ours = ServerSteps(*steps, INTERPOLATIONS[interpolation])
     theirs = TrainingSteps(*steps, interpolation)
+    local = BatchSteps(*steps, Image.Resampling[interpolation.upper()])
     for path in files(tmp_path):
         served = decode_image(path.read_bytes(), ours, max_pixels=10_000_000)[0]
         trained = read_image(path, theirs)
         np.testing.assert_array_equal(served, trained, err_msg=path.name)
         assert served.shape == (*steps[:2], 3)
+        for form in (str(path), path.read_bytes()):
+            np.testing.assert_array_equal(decode(form, local), trained, err_msg=path.name)

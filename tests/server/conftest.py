@@ -89,19 +89,21 @@ def seal(folder: Path, **changes: object) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
 
 
+def publish_version(folder: Path) -> Path:
+    """Writes a whole version into folder NAME/VERSION and returns it."""
+    folder.mkdir(parents=True)
+    write_model(folder / "model.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), np.uint8)
+    np.savez(folder / "samples.npz", images=images, logits=mean_colour_logits(images).astype("f4"))
+    seal(folder)
+    return folder
+
+
 @pytest.fixture
 def publish(tmp_path: Path) -> Publish:
     """Publishes `colours` (or another name) in a version."""
 
     def write(version: int = 1, name: str = "colours") -> Path:
-        folder = tmp_path / "models" / name / str(version)
-        folder.mkdir(parents=True)
-        write_model(folder / "model.onnx")
-        images = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), np.uint8)
-        np.savez(
-            folder / "samples.npz", images=images, logits=mean_colour_logits(images).astype("f4")
-        )
-        seal(folder)
-        return folder
+        return publish_version(tmp_path / "models" / name / str(version))
 
     return write

@@ -1,0 +1,244 @@
+"""Every query against a real Prometheus that scrapes a real server under load."""
+
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import threading
+import time
+import urllib.parse
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from clients import Classification, Client
+from tests.deploy.expressions import (
+    PROMETHEUS,
+    Expression,
+    alert_expressions,
+    dashboard,
+    panel_expressions,
+    record_expressions,
+)
+from tests.processes import ServerProcess, running_server
+from tests.server.conftest import HEIGHT, WIDTH, publish_version
+
+MODEL = "colours"
+ANSWERS_WITHIN_S = 60
+# Only a machine with a GPU has these; test_prometheus feeds their queries by hand.
+NVML_METRICS = frozenset({"convoy_device_memory_bytes", "convoy_device_utilisation_ratio"})
+# Metrics that the server does not have yet. What appears must leave the set.
+NOT_YET = frozenset(
+    {
+        "convoy_queue_limit_images",
+        "convoy_queued_bytes",
+        "convoy_padded_images_total",
+        "convoy_wasted_images_total",
+        "convoy_predicted_minus_actual_batch_seconds",
+        "convoy_instances",
+        "convoy_instances_busy",
+        "convoy_model_ready",
+        "convoy_top1_confidence",
+        "convoy_predicted_class_total",
+        "convoy_version_swaps_total",
+        "convoy_version_refusals_total",
+        "convoy_rollbacks_total",
+    }
+)
+QUERIES = [*record_expressions(), *panel_expressions()]
+Samples = list[tuple[dict[str, str], float]]
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="prometheus is not installed (Debian: prometheus)"
+)
+
+
+@dataclass
+class Load:
+    """Requests that go on until `stop` is set, and how they ended."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    answers: Counter[str] = field(default_factory=Counter)
+
+    def images(self) -> Iterator[object]:
+        """One-coloured pictures, and now and then what is no picture."""
+        pictures = [
+            Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "lime", "blue")
+        ] * 10
+        for image in itertools.cycle([*pictures, b"this is no picture"]):
+            if self.stop.is_set():
+                return
+            yield image
+
+    def run(self, address: str) -> None:
+        """Sends with a deadline, some requests under way at a time."""
+        with Client(address, timeout_s=20) as client:
+            for answer in client.classify_many(self.images(), in_flight=8):
+                ended = answer.best.label if isinstance(answer, Classification) else "invalid"
+                self.answers[ended] += 1
+
+
+@dataclass
+class Observed:
+    """A server under load and the Prometheus that watches it."""
+
+    server: ServerProcess
+    load: Load
+    prometheus: str
+
+    def ask(self, promql: str) -> Samples:
+        """The finite values of an expression now."""
+        answer = self._call("query", query=promql)
+        samples = answer["result"]
+        if answer["resultType"] == "scalar":
+            samples = [{"metric": {}, "value": samples}]
+        values = [(sample["metric"], float(sample["value"][1])) for sample in samples]
+        return [(labels, value) for labels, value in values if math.isfinite(value)]
+
+    def metric_names(self) -> set[str]:
+        """Names of all series, without a histogram's suffixes."""
+        names = self._call("label/__name__/values")
+        return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
+
+    def _call(self, path: str, **parameters: str) -> dict:
+        url = f"http://{self.prometheus}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return json.load(reply)["data"]
+
+
+@contextmanager
+def running_prometheus(folder: Path, target: str) -> Iterator[str]:
+    """Starts a Prometheus with the stack's rules that scrapes each second; yields its address."""
+    config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(PROMETHEUS / pattern) for pattern in config["rule_files"]]
+    config["scrape_configs"] = [
+        {"job_name": "convoy", "static_configs": [{"targets": [target]}]},
+    ]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}"]
+    command += [f"--storage.tsdb.path={folder / 'data'}", "--web.listen-address=127.0.0.1:0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        address, log = "", []
+        for line in process.stderr:
+            log.append(line)
+            if found := re.search(r'"?Listening on"? address=(\S+)', line):
+                address = found[1]
+                break
+        # Its pipe must not fill.
+        drain = threading.Thread(target=process.stderr.read, daemon=True)
+        drain.start()
+        try:
+            assert address, log
+            yield address
+        finally:
+            process.terminate()
+            drain.join()
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory) -> Iterator[Observed]:
+    folder = tmp_path_factory.mktemp("observed")
+    publish_version(folder / "models" / MODEL / "1")
+    load = Load()
+    with (
+        running_server(folder / "models", "--device", "cpu") as server,
+        running_prometheus(folder, server.http.removeprefix("http://")) as prometheus,
+    ):
+        sender = threading.Thread(target=load.run, args=(server.address,))
+        sender.start()
+        try:
+            yield Observed(server, load, prometheus)
+        finally:
+            load.stop.set()
+            sender.join()
+
+
+@pytest.fixture(scope="module")
+def answers(observed) -> dict[str, Samples]:
+    """What each query gave as soon as it gave anything, under load."""
+    pending = {query.promql for query in QUERIES if not query.metrics & (NOT_YET | NVML_METRICS)}
+    given: dict[str, Samples] = {}
+    deadline_s = time.monotonic() + ANSWERS_WITHIN_S
+    while pending and time.monotonic() < deadline_s:
+        given |= {promql: samples for promql in pending if (samples := observed.ask(promql))}
+        pending -= given.keys()
+        time.sleep(0.5)
+    return given
+
+
+def test_the_metrics_that_are_not_there_yet_are_known(observed, answers):
+    needed = frozenset().union(*(query.metrics for query in (*QUERIES, *alert_expressions())))
+    missing = needed - observed.metric_names()
+    known = NOT_YET | NVML_METRICS
+    assert sorted(missing - known) == [], "a query needs a metric that the server does not have"
+    assert sorted(known - missing) == [], "is there or is not needed: take it out of the set"
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.place)
+def test_no_query_is_empty_or_impossible(answers, query: Expression):
+    if missing := query.metrics & (NOT_YET | NVML_METRICS):
+        pytest.skip(f"needs {', '.join(sorted(missing))}")
+    samples = answers.get(query.promql)
+    assert samples, f"no value within {ANSWERS_WITHIN_S} s: {query.promql}"
+    signed = query.metrics & {
+        "convoy_deadline_slack_seconds",
+        "convoy_predicted_minus_actual_batch_seconds",
+    }
+    for labels, value in samples:
+        assert value >= 0 or signed, (labels, value)
+        assert query.unit != "percentunit" or value <= 1.001, (labels, value)
+        assert query.unit != "s" or value < 60, (labels, value)
+
+
+def test_latency_quantiles_are_in_order(observed, answers):
+    p50, p90, p99 = (
+        observed.ask(f"model:convoy_request_duration_seconds:{p}_rate5m")[0][1]
+        for p in ("p50", "p90", "p99")
+    )
+    assert 0 < p50 <= p90 <= p99
+
+
+def test_shares_of_all_classes_add_up(observed, answers):
+    (query,) = (query for query in QUERIES if query.place == "Predicted classes A")
+    if query.metrics & NOT_YET:
+        pytest.skip("needs convoy_predicted_class_total")
+    assert sum(value for _, value in observed.ask(query.promql)) == pytest.approx(1)
+
+
+def test_prometheus_counts_what_the_clients_saw(observed, answers):
+    observed.load.stop.set()
+    expected = {"ok": 0, "invalid": 0}
+    deadline_s = time.monotonic() + ANSWERS_WITHIN_S
+    counted: dict[str, float] = {}
+    while counted != expected and time.monotonic() < deadline_s:
+        time.sleep(0.5)
+        seen = dict(observed.load.answers)
+        expected = {
+            "invalid": seen.pop("invalid"),
+            "ok": sum(seen.values()),
+        }
+        samples = observed.ask("sum by (reason) (convoy_outcomes_total)")
+        counted = {labels["reason"]: value for labels, value in samples}
+    assert counted == expected
+
+
+def test_nothing_alarms_a_healthy_server(observed, answers):
+    assert observed.ask('ALERTS{alertstate="firing"}') == []
+
+
+def test_the_dashboard_offers_the_models_in_service(observed, answers):
+    (variable,) = (v for v in dashboard()["templating"]["list"] if v["name"] == "model")
+    assert variable["definition"] == "label_values(convoy_model_info, model)"
+    labels = [labels["model"] for labels, _ in observed.ask("convoy_model_info")]
+    assert labels == [MODEL]
