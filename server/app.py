@@ -5,6 +5,7 @@ The one module that knows all others.
 
 import asyncio
 import contextlib
+import math
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 
@@ -18,20 +19,25 @@ from server.backends.devices import Device, choose_device, usable_cpus
 from server.batcher import BatchingLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
+from server.errors import ManifestError
 from server.http import HttpServer
 from server.images import refuse_decompression_bombs
 from server.lifecycle import stop_signal
 from server.listener import GrpcListener
-from server.loading import LoadOptions, ModelLoader, ServedModel
-from server.manifest import ArtefactFormat
+from server.loading import LoadOptions, ModelLoader
+from server.manager import ModelManager
+from server.manifest import ArtefactFormat, read_manifest
 from server.metrics import ServerMetrics
+from server.policy import VersionPolicy
 from server.protocols.calls import CallBoundary
 from server.protocols.classifier import ClassifierServicer
 from server.protocols.health import WHOLE_SERVER, HealthServicer
 from server.protocols.inference import Inference
 from server.protocols.oip import InferenceServicer
 from server.protocols.registration import handler_of
-from server.repository import ModelRepository, ModelVersion
+from server.refusals import Refusals
+from server.repository import ModelFolder, ModelRepository
+from server.rollout import Rollout
 from server.settings import ServerSettings
 from server.signing import read_public_key
 
@@ -86,20 +92,33 @@ class App:
     async def _start(self) -> None:
         settings = self._settings
         device = choose_device(settings.device)
-        loader = ModelLoader(_load_options(settings, device), self._metrics)
-        versions = ModelRepository(settings.repository).served_versions()
+        repository = ModelRepository(settings.repository)
+        manager = self._model_manager(repository, device)
         # First in, last out: accepted requests are answered before the instances end.
-        self._cleanup.push_async_callback(self._close_models)
-        await self._listen(_max_message_bytes(settings, versions))
-        for version in versions:
-            self._serve_model(await asyncio.to_thread(loader.load, version))
+        self._cleanup.push_async_callback(manager.close)
+        await self._listen(_max_message_bytes(settings, repository.models()))
+        await manager.start()
         self._set_ready()
+        if settings.poll_s:
+            polling = asyncio.create_task(manager.poll(settings.poll_s))
+            self._cleanup.callback(polling.cancel)
         logger.info(
             "serving",
             grpc=f"{settings.host}:{self.port}",
             http=f"{settings.host}:{self.http_port}",
-            models=len(versions),
+            models=len({model.name for model in self._catalogue}),
             device=str(device),
+        )
+
+    def _model_manager(self, repository: ModelRepository, device: Device) -> ModelManager:
+        settings = self._settings
+        return ModelManager(
+            repository,
+            VersionPolicy.parse(settings.version_policy),
+            ModelLoader(_load_options(settings, device), self._metrics),
+            catalogue=self._catalogue,
+            rollout=Rollout(self._catalogue, self._metrics, self._tell_ready),
+            refusals=Refusals(self._metrics.models),
         )
 
     async def _listen(self, max_message_bytes: int) -> None:
@@ -137,10 +156,11 @@ class App:
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
 
-    def _serve_model(self, model: ServedModel) -> None:
-        model.batcher.start()
-        self._catalogue.add(model)
-        self._metrics.models.serves(model.name, model.version, model.runs_on)
+    def _tell_ready(self, model: str, ready: bool | None) -> None:
+        if ready is None:
+            self._health.remove(model)
+        elif self._catalogue.ready:
+            self._health.set(model, ready)
 
     def _set_ready(self) -> None:
         self._catalogue.state = ServerState.SERVING
@@ -154,10 +174,6 @@ class App:
         self._health.drain()
         for model in self._catalogue:
             model.batcher.stop_delaying()
-
-    async def _close_models(self) -> None:
-        for model in self._catalogue:
-            await model.batcher.drain()
 
 
 async def serve(settings: ServerSettings, registry: CollectorRegistry) -> None:
@@ -173,14 +189,21 @@ async def serve(settings: ServerSettings, registry: CollectorRegistry) -> None:
         stopped.cancel()
 
 
-def _max_message_bytes(settings: ServerSettings, versions: list[ModelVersion]) -> int:
-    """The largest request for the largest images must fit into one message."""
-    largest = max(
-        height * width * channels
-        for height, width, channels in (version.manifest.sample_shape for version in versions)
-    )
+def _max_message_bytes(settings: ServerSettings, folders: list[ModelFolder]) -> int:
+    """The largest request for the largest images that lie there must fit into one message."""
+    largest = max(map(_largest_sample_bytes, folders))
     largest_request = settings.max_request_images * largest + _MESSAGE_OVERHEAD_BYTES
     return max(int(settings.max_message_mb * _MIB), largest_request)
+
+
+def _largest_sample_bytes(folder: ModelFolder) -> int:
+    largest = 0
+    for version in folder.versions:
+        # A manifest that cannot be read is reported where the version is loaded.
+        with contextlib.suppress(ManifestError):
+            shape = read_manifest(folder.version(version)).sample_shape
+            largest = max(largest, math.prod(shape))
+    return largest
 
 
 def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:

@@ -18,14 +18,18 @@ class ServerState(Enum):
 
 
 class ModelCatalogue:
-    """Maps names to the version in service.
+    """Maps names and versions to what answers them. It belongs to the event loop.
+
+    Whoever finds a model and awaits anything before its batcher has the request must hold it
+    (`ServedModel.users`): a swap may happen meanwhile, and only what is not held ends.
 
     Attributes:
         state: Requests are answered while it is SERVING or LAME_DUCK.
     """
 
     def __init__(self) -> None:
-        self._models: dict[str, ServedModel] = {}
+        self._defaults: dict[str, ServedModel] = {}
+        self._versions: dict[tuple[str, int], ServedModel] = {}
         self.state = ServerState.STARTING
 
     @property
@@ -34,18 +38,42 @@ class ModelCatalogue:
         return self.state is ServerState.SERVING
 
     def add(self, model: ServedModel) -> None:
-        """Puts a version into service in the place of any older one."""
-        self._models[model.name] = model
+        """Lets requests that name this version find it."""
+        self._versions[model.name, model.version] = model
+
+    def make_default(self, model: ServedModel) -> None:
+        """Lets requests that name no version find this one from now on."""
+        self._defaults[model.name] = model
+
+    def remove(self, model: ServedModel) -> None:
+        """Lets nobody find a version any more."""
+        if self._versions.get((model.name, model.version)) is model:
+            del self._versions[model.name, model.version]
+        if self._defaults.get(model.name) is model:
+            del self._defaults[model.name]
+
+    def default(self, name: str) -> ServedModel | None:
+        """Returns what answers requests that name no version."""
+        return self._defaults.get(name)
+
+    def get(self, name: str, version: int) -> ServedModel | None:
+        """Returns one version."""
+        return self._versions.get((name, version))
+
+    def versions(self, name: str) -> list[ServedModel]:
+        """Returns a model's versions, oldest first."""
+        return [model for model in self if model.name == name]
 
     def __iter__(self) -> Iterator[ServedModel]:
-        return iter(sorted(self._models.values(), key=lambda model: model.name))
+        """Goes through all versions by name, then by number."""
+        return iter([self._versions[key] for key in sorted(self._versions)])
 
     def find(self, name: str, version: int = 0) -> ServedModel:
         """Returns the model for a request.
 
         Args:
             name: May be empty where exactly one model is served.
-            version: 0 for the version in service.
+            version: 0 for the one in service by default.
 
         Raises:
             UnavailableError: The server starts or drains.
@@ -53,15 +81,18 @@ class ModelCatalogue:
         """
         if self.state not in (ServerState.SERVING, ServerState.LAME_DUCK):
             raise UnavailableError("the server is starting or draining")
-        if not name and len(self._models) == 1:
-            name = next(iter(self._models))
-        model = self._models.get(name)
+        if not name and len(self._defaults) == 1:
+            name = next(iter(self._defaults))
+        model = self._versions.get((name, version)) if version else self._defaults.get(name)
         if model is None:
-            raise ModelNotFoundError(
-                f"model: expected one of {', '.join(sorted(self._models))}, got {name!r}"
-            )
-        if version not in (0, model.version):
-            raise ModelNotFoundError(
-                f"version: model {name!r} is served in version {model.version}, got {version}"
-            )
+            raise self._not_found(name, version)
         return model
+
+    def _not_found(self, name: str, version: int) -> ModelNotFoundError:
+        if name not in self._defaults:
+            served = ", ".join(sorted(self._defaults)) or "none"
+            return ModelNotFoundError(f"model: expected one of {served}, got {name!r}")
+        numbers = ", ".join(str(model.version) for model in self.versions(name))
+        return ModelNotFoundError(
+            f"version: model {name!r} is served in version {numbers}, got {version}"
+        )

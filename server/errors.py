@@ -5,7 +5,10 @@
     │   ├── DeviceError           the device asked for is not usable here
     │   └── RepositoryError       the model repository, or one version in it
     │       ├── ManifestError     the manifest is missing, malformed or from another schema
+    │       ├── GraphError        the graph is not the one described, or reaches outside its file
     │       └── VerificationError a file or an answer differs from what the manifest promises
+    │           ├── SignatureError        the required signature is missing or wrong
+    │           └── GoldenSamplesError    the answers differ
     ├── DeviceMemoryError         the device had no memory for a batch; smaller ones are tried
     └── RequestError              whoever sent the request, or the server's state at that moment
         ├── InvalidRequestError   a field, tensor or image is wrong
@@ -20,29 +23,63 @@
 expected and what came; they hold no paths and no internals of the server.
 """
 
+from typing import ClassVar
+
 
 class ConvoyError(Exception):
     """Base of everything this package raises on purpose."""
 
 
 class StartupError(ConvoyError):
-    """The server cannot start as it was asked to."""
+    """The server cannot start as it was asked to.
+
+    Attributes:
+        reason: What a refused version is counted under.
+    """
+
+    reason: ClassVar[str] = "internal"
 
 
 class DeviceError(StartupError):
     """The device that was asked for cannot be used."""
 
+    reason = "device"
+
 
 class RepositoryError(StartupError):
     """The model repository, or a version in it, cannot be served."""
+
+    reason = "load"
 
 
 class ManifestError(RepositoryError):
     """A manifest is missing, malformed or written for another schema."""
 
+    reason = "manifest"
+
+
+class GraphError(RepositoryError):
+    """A graph has other inputs or outputs than described, or needs more than its file."""
+
+    reason = "graph"
+
 
 class VerificationError(RepositoryError):
     """A file or an answer differs from what the manifest promises."""
+
+    reason = "files"
+
+
+class SignatureError(VerificationError):
+    """The signature that is required is missing or not of this manifest."""
+
+    reason = "signature"
+
+
+class GoldenSamplesError(VerificationError):
+    """The answers on this device are not those of the net that was exported."""
+
+    reason = "golden samples"
 
 
 class DeviceMemoryError(ConvoyError):

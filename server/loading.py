@@ -1,7 +1,10 @@
 """Brings a version of the repository into service: verify, load, warm up, check its answers."""
 
+import asyncio
 import time
-from dataclasses import dataclass, replace
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +14,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from server.backends import Backend, load_backend
 from server.backends.devices import Device
 from server.batch_metrics import BatchFamilies
-from server.batcher import BatchingLimits, DynamicBatcher
-from server.errors import VerificationError
-from server.manifest import ArtefactFormat, Manifest
+from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
+from server.errors import GoldenSamplesError, GraphError, RepositoryError, VerificationError
+from server.manifest import ArtefactFormat, Manifest, TensorSpec, read_manifest
 from server.metrics import RequestMetrics, RunsOn, ServerMetrics
 from server.repository import ModelVersion
 from server.signing import verify_signature
@@ -42,7 +45,35 @@ class LoadOptions:
     public_key: Ed25519PublicKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
+class Users:
+    """Counts the calls that hold a version, so that it does not end under them.
+
+    Example:
+        with model.users:
+            images = await decode(…)
+            await model.batcher.infer(images)
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._none = asyncio.Event()
+        self._none.set()
+
+    def __enter__(self) -> None:
+        self._count += 1
+        self._none.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if self._count == 0:
+            self._none.set()
+
+    async def wait_for_none(self) -> None:
+        """Waits until no call holds it."""
+        await self._none.wait()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ServedModel:
     """A version in service.
 
@@ -52,6 +83,7 @@ class ServedModel:
         backend: What runs it.
         batcher: Where its requests go.
         requests: Counts them.
+        users: The calls that hold it.
     """
 
     manifest: Manifest
@@ -59,6 +91,7 @@ class ServedModel:
     backend: Backend
     batcher: DynamicBatcher
     requests: RequestMetrics
+    users: Users = field(default_factory=Users)
 
     @property
     def name(self) -> str:
@@ -79,7 +112,9 @@ class ServedModel:
 
 
 class ModelLoader:
-    """Loads versions, each with a batcher that still has to be started on the event loop.
+    """Loads versions, step by step, each with a batcher that is still to be started on the loop.
+
+    Nothing here belongs to the event loop; call it on another thread.
 
     Args:
         options: How to load them.
@@ -91,28 +126,31 @@ class ModelLoader:
         self._metrics = metrics
         self._batches = BatchFamilies(metrics.families)
 
-    def load(self, version: ModelVersion) -> ServedModel:
-        """Loads a version.
+    def load(self, folder: Path) -> ServedModel:
+        """Loads the version in a folder NAME/VERSION.
+
+        Manifest, signature, digests, graph, warm-up and golden samples are checked in this order.
 
         Raises:
-            RepositoryError: The signature is missing or wrong, a file differs from the manifest or
-                cannot be loaded, or its answers differ.
+            RepositoryError: One of them is not as it should be; the class tells which.
             DeviceError: The device cannot be used.
         """
         options = self._options
         started_s = time.monotonic()
+        version = ModelVersion(folder, read_manifest(folder))
         manifest = version.manifest
-        if options.public_key:
-            verify_signature(version.folder, options.public_key)
         artefact = manifest.artefact(options.format)
-        samples = version.verified_file(manifest.samples)
-        path = version.verified_file(artefact.file)
+        if options.public_key:
+            verify_signature(folder, options.public_key)
+        version.verify_files()
+        path = folder / artefact.file.name
         backend = load_backend(options.format, path, options.device, options.threads)
+        _check_graph(backend, manifest)
         warming_s = time.monotonic()
-        latency = warm_up(backend, manifest.sample_shape, options.limits.max_batch_size)
+        latency = _warm_up(backend, manifest, options.limits.max_batch_size)
         limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
         warmup_s = time.monotonic() - warming_s
-        _check_golden_samples(backend, manifest, samples, artefact.tolerance)
+        _check_golden_samples(backend, manifest, folder / manifest.samples.name, artefact.tolerance)
         observer = self._batches.observer(manifest, limits)
         batcher = DynamicBatcher(
             backend.run, manifest.sample_shape, limits, observer, latency=latency
@@ -133,16 +171,64 @@ class ModelLoader:
         return ServedModel(manifest, options.format, backend, batcher, requests)
 
 
+def _check_graph(backend: Backend, manifest: Manifest) -> None:
+    """Compares what the graph declares, where it does, with what the manifest promises."""
+    where = f"model {manifest.name!r} version {manifest.version}"
+    for kind, declared, promised in (
+        ("input", backend.inputs, (manifest.input,)),
+        ("output", backend.outputs, manifest.outputs),
+    ):
+        if declared and sorted(map(str, declared)) != sorted(map(str, promised)):
+            raise GraphError(
+                f"{where}: {kind}: the manifest describes {_listed(promised)}, "
+                f"the graph has {_listed(declared)}"
+            )
+
+
+def _listed(tensors: Iterable[TensorSpec]) -> str:
+    return ", ".join(f"{each.name} {each.datatype} {list(each.shape)}" for each in tensors)
+
+
+def _warm_up(backend: Backend, manifest: Manifest, max_batch_size: int) -> LatencyModel:
+    try:
+        return warm_up(backend, manifest.sample_shape, max_batch_size)
+    except Exception as error:  # the runtimes have no common exception type
+        raise RepositoryError(
+            f"model {manifest.name!r} version {manifest.version}: it cannot run a batch of zeros"
+        ) from error
+
+
 def _check_golden_samples(
     backend: Backend, manifest: Manifest, samples: Path, tolerance: float
 ) -> None:
     """Compares the answers on this device with those of the net that was exported."""
-    with np.load(samples, allow_pickle=False) as golden:
-        images, expected = golden["images"], golden["logits"]
-    difference = float(np.abs(backend.run(images).logits - expected).max())
+    where = f"model {manifest.name!r} version {manifest.version}"
+    try:
+        # Opened here, since np.load leaves a damaged archive open.
+        with samples.open("rb") as file, np.load(file, allow_pickle=False) as golden:
+            images, expected = golden["images"], golden["logits"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise VerificationError(
+            f"{where}: {samples.name}: expected arrays images and logits"
+        ) from error
+    shape, classes = manifest.sample_shape, len(manifest.labels)
+    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
+        raise VerificationError(
+            f"{where}: {samples.name}: images: expected uint8 [n, {shape[0]}, {shape[1]}, 3], "
+            f"got {images.dtype} {list(images.shape)}"
+        )
+    logits = backend.run(images).logits
+    # Checked before the subtraction, which would stretch a row or a column to fit.
+    if not logits.shape == expected.shape == (len(images), classes):
+        raise GoldenSamplesError(
+            f"{where}: logits of {len(images)} golden samples: expected "
+            f"{[len(images), classes]} as the manifest says, recorded {list(expected.shape)}, "
+            f"got {list(logits.shape)}"
+        )
+    difference = float(np.abs(logits - expected).max())
     # The negation also catches NaN.
     if not difference <= tolerance:
-        raise VerificationError(
-            f"model {manifest.name!r} version {manifest.version}: logits of the golden samples "
-            f"differ by {difference:.2g} on {backend.device}, expected at most {tolerance:.2g}"
+        raise GoldenSamplesError(
+            f"{where}: logits of the golden samples differ by {difference:.2g} on "
+            f"{backend.device}, expected at most {tolerance:.2g}"
         )

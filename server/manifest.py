@@ -4,6 +4,7 @@ Both are messages of proto/convoy/v1/model_manifest.proto, written as JSON.
 """
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -13,6 +14,7 @@ from google.protobuf import json_format
 
 from convoy.v1 import model_manifest_pb2 as pb
 from server.errors import ManifestError
+from server.policy import Promotion
 
 MANIFEST_NAME = "manifest.json"
 POLICY_NAME = "policy.json"
@@ -95,7 +97,12 @@ class Artefact:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A published model version."""
+    """A published model version.
+
+    Attributes:
+        artefacts: Those in a format that this server knows.
+        files: Every file beside the manifest, of any format.
+    """
 
     name: str
     version: int
@@ -105,6 +112,7 @@ class Manifest:
     preprocessing: Preprocessing
     artefacts: tuple[Artefact, ...]
     samples: FileRecord
+    files: tuple[FileRecord, ...]
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -148,22 +156,22 @@ def read_manifest(version_dir: Path) -> Manifest:
     return manifest
 
 
-def read_policy(model_dir: Path) -> int | None:
-    """Returns the version that the policy of the model in folder NAME asks for, None without one.
+def read_policy(model_dir: Path) -> Promotion | None:
+    """Returns what the policy of the model in folder NAME asks for, None without one.
 
     Raises:
         ManifestError: The policy is malformed or of another schema.
     """
     path = model_dir / POLICY_NAME
-    if not path.exists():
-        return None
     try:
         policy = json_format.ParseDict(_read_json(path), pb.ServingPolicy())
         _check_schema(policy.schema_version)
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, json_format.ParseError) as error:
         where = f"model {model_dir.name!r}: {POLICY_NAME}"
         raise ManifestError(f"{where}: {_one_line(error)}") from error
-    return policy.version
+    return Promotion(policy.version, tuple(policy.previous))
 
 
 def _check_schema(found: int) -> None:
@@ -172,12 +180,23 @@ def _check_schema(found: int) -> None:
 
 
 def _read_json(path: Path) -> dict[str, object]:
-    if path.stat().st_size > MAX_MANIFEST_BYTES:
+    # A link could lead out of the repository.
+    with open(path, "rb", opener=_open_no_link) as file:
+        content = file.read(MAX_MANIFEST_BYTES + 1)
+    if len(content) > MAX_MANIFEST_BYTES:
         raise ValueError(f"expected at most {MAX_MANIFEST_BYTES} bytes")
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
+    try:
+        values = json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(values, dict):
         raise ValueError("expected a JSON object")
-    return content
+    return values
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    # Not blocking, so that a pipe in the place of the file cannot hold up the server.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _convert(message: pb.ModelManifest) -> Manifest:
@@ -197,6 +216,9 @@ def _convert(message: pb.ModelManifest) -> Manifest:
             if a.format in _FORMATS
         ),
         samples=_file(message.samples.file),
+        files=tuple(
+            _file(file) for file in (*(a.file for a in message.artefacts), message.samples.file)
+        ),
     )
     _check_tensors(manifest)
     return manifest

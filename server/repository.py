@@ -1,23 +1,25 @@
-"""The model repository on disk: NAME/VERSION/manifest.json with the files it names beside it."""
+"""The model repository on disk: NAME/VERSION/manifest.json with the files it names beside it.
+
+Nothing in it may be a link: neither a model, nor a version, nor a file. A version that is being
+written has another name (export renames it when every byte is there), so it is not seen.
+"""
 
 import hashlib
+import os
 import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.errors import RepositoryError, VerificationError
-from server.manifest import (
-    MANIFEST_NAME,
-    POLICY_NAME,
-    FileRecord,
-    Manifest,
-    read_manifest,
-    read_policy,
-)
+from server.manifest import MANIFEST_NAME, POLICY_NAME, FileRecord, Manifest, read_policy
+from server.policy import Promotion
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
+
+Fingerprint = tuple[tuple[str, int, int, int], ...]
+"""Name, size, modification time and inode of each file of a version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,46 @@ class ModelVersion:
             )
         return path
 
+    def verify_files(self) -> None:
+        """Compares every file with the manifest, those that are not loaded too.
+
+        Raises:
+            VerificationError: One is missing, no plain file, or its content differs.
+        """
+        for record in self.manifest.files:
+            self.verified_file(record)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A model in the repository: the numbers of its versions, none of them opened yet."""
+
+    path: Path
+    versions: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.path.name
+
+    def promotion(self) -> Promotion | None:
+        """Reads which version was promoted.
+
+        Raises:
+            RepositoryError: The file cannot be used, or the version is not there.
+        """
+        promotion = read_policy(self.path)
+        if promotion and promotion.version not in self.versions:
+            raise RepositoryError(
+                f"model {self.name!r}: {POLICY_NAME} names version {promotion.version}, "
+                f"found {', '.join(map(str, self.versions))}"
+            )
+        return promotion
+
+    def version(self, number: int) -> Path:
+        """Returns the folder of a version."""
+        return self.path / str(number)
+
 
 class ModelRepository:
     """A folder of models. Everything that is not NAME/VERSION/manifest.json is left alone."""
@@ -55,52 +97,55 @@ class ModelRepository:
     def __init__(self, root: Path) -> None:
         self._root = root
 
-    def served_versions(self) -> list[ModelVersion]:
-        """Returns the version of every model that shall be served, sorted by name.
+    def models(self) -> list[ModelFolder]:
+        """Returns the models that have a version, sorted by name.
 
-        That is the one which the model's policy file names, or the newest where there is none.
+        It lists folders and looks for a manifest in each version, and opens no file.
 
         Raises:
-            RepositoryError: The folder is missing or holds no model, or a policy names a version
-                that is not there.
-            ManifestError: The manifest of a version to serve cannot be used.
+            RepositoryError: The folder is missing or holds no model.
         """
-        if not self._root.is_dir():
-            raise RepositoryError(f"repository: expected a folder, got {str(self._root)!r}")
-        chosen = [_chosen(versions) for model in self._models() if (versions := _versions(model))]
-        if not chosen:
+        try:
+            with os.scandir(self._root) as entries:
+                names = sorted(
+                    entry.name
+                    for entry in entries
+                    if _MODEL_NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+                )
+        except OSError as error:
+            raise RepositoryError(
+                f"repository: expected a folder, got {str(self._root)!r}: {error.strerror}"
+            ) from error
+        folders = [ModelFolder(self._root / name, _versions(self._root / name)) for name in names]
+        found = [folder for folder in folders if folder.versions]
+        if not found:
             raise RepositoryError(
                 f"repository: {str(self._root)!r} holds no model "
                 f"(expected NAME/VERSION/{MANIFEST_NAME}; convoy-export writes one)"
             )
-        return [ModelVersion(folder, read_manifest(folder)) for folder in chosen]
-
-    def _models(self) -> list[Path]:
-        return sorted(path for path in self._root.iterdir() if _MODEL_NAME.fullmatch(path.name))
+        return found
 
 
-def _chosen(versions: list[Path]) -> Path:
-    model = versions[-1].parent
-    version = read_policy(model)
-    if version is None:
-        return versions[-1]
-    chosen = model / str(version)
-    if chosen not in versions:
-        raise RepositoryError(
-            f"model {model.name!r}: {POLICY_NAME} names version {version}, "
-            f"found {', '.join(path.name for path in versions)}"
-        )
-    return chosen
+def fingerprint(folder: Path) -> Fingerprint:
+    """Returns what changes when a file of a version does; empty where the folder is gone."""
+    try:
+        with os.scandir(folder) as entries:
+            files = [(entry.name, entry.stat(follow_symlinks=False)) for entry in entries]
+    except OSError:
+        return ()
+    return tuple(sorted((n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in files))
 
 
-def _versions(model: Path) -> list[Path]:
-    if not model.is_dir() or model.is_symlink():
-        return []
-    versions = [
-        path
-        for path in model.iterdir()
-        if _VERSION.fullmatch(path.name)
-        and not path.is_symlink()
-        and (path / MANIFEST_NAME).is_file()
-    ]
-    return sorted(versions, key=lambda path: int(path.name))
+def _versions(model: Path) -> tuple[int, ...]:
+    try:
+        with os.scandir(model) as entries:
+            numbers = [
+                int(entry.name)
+                for entry in entries
+                if _VERSION.fullmatch(entry.name)
+                and entry.is_dir(follow_symlinks=False)
+                and os.path.lexists(os.path.join(entry.path, MANIFEST_NAME))
+            ]
+    except OSError:  # it went away, or it is being removed
+        return ()
+    return tuple(sorted(numbers))

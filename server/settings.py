@@ -46,6 +46,19 @@ class ServerSettings(BaseSettings):
         description="File with an Ed25519 public key (PEM). Versions that its private half did not "
         "sign (convoy-export --sign-key) are not loaded.",
     )
+    version_policy: str = Field(
+        "latest:1",
+        pattern=r"^(latest(:[1-9][0-9]{0,3})?|all|specific)$",
+        description="latest:N serves the default version and the N - 1 before it, all every one, "
+        "specific only what convoy-export promote chose. The default version is the promoted one, "
+        "or the newest.",
+    )
+    poll_s: float = Field(
+        2.0,
+        ge=0,
+        description="Seconds between looks into the repository for new versions; 0 looks only at "
+        "the start.",
+    )
     host: str = Field(
         "127.0.0.1", description="Address to listen on. Beyond loopback anyone may send requests."
     )

@@ -10,7 +10,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
-from server.errors import StartupError, VerificationError
+from server.errors import SignatureError, StartupError
 from server.manifest import MANIFEST_NAME
 
 SIGNATURE_NAME = "manifest.sig"
@@ -42,18 +42,18 @@ def verify_signature(version_folder: Path, public_key: Ed25519PublicKey) -> None
         public_key: Whose signature is required.
 
     Raises:
-        VerificationError: There is no signature, or it is not of this key and these bytes.
+        SignatureError: There is no signature, or it is not of this key and these bytes.
     """
     where = f"model {version_folder.parent.name!r} version {version_folder.name}"
     try:
         signature = (version_folder / SIGNATURE_NAME).read_bytes()
         public_key.verify(signature, (version_folder / MANIFEST_NAME).read_bytes())
     except OSError as error:
-        raise VerificationError(
+        raise SignatureError(
             f"{where}: {SIGNATURE_NAME}: a signature is required: {error.strerror}"
         ) from error
     except InvalidSignature as error:
-        raise VerificationError(
+        raise SignatureError(
             f"{where}: {SIGNATURE_NAME}: expected a signature of {MANIFEST_NAME} by the required "
             "key, got one of other bytes or by another key"
         ) from error

@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 START_TIMEOUT_S = 60
+LOG_TIMEOUT_S = 60
 
 
 def run_module(module: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
@@ -38,6 +40,15 @@ class ServerProcess:
     address: str = ""
     http: str = ""
     events: list[dict[str, object]] = field(default_factory=list)
+
+    def wait_for(self, event: str, **fields: object) -> dict[str, object]:
+        """Waits for a line of its log and returns it."""
+        for _ in range(LOG_TIMEOUT_S * 100):
+            for line in list(self.events):
+                if line["event"] == event and fields.items() <= line.items():
+                    return line
+            time.sleep(0.01)
+        raise TimeoutError(f"no log line {event!r} with {fields}, but: {self.events}")
 
     def stop(self) -> int:
         """Sends SIGTERM and returns the exit code."""

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Protocol
 
 from server.backends.devices import Device
-from server.manifest import ArtefactFormat
+from server.manifest import ArtefactFormat, TensorSpec
 from server.requests import Images, Outputs
 
 
@@ -17,12 +17,16 @@ class Backend(Protocol):
         provider: What executes it, as the runtime reports it, e.g. "CUDAExecutionProvider".
         fixed_shapes: Whether the device prepares itself for each batch size it has not met, so that
             batches are better padded to one it has.
+        inputs: The tensors that the graph itself declares; empty where the format declares none.
+        outputs: The same.
     """
 
     platform: str
     device: str
     provider: str
     fixed_shapes: bool
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`; safe to call from several threads at once.

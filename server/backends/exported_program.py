@@ -9,6 +9,7 @@ from torch.export.passes import move_to_device_pass
 from server.backends.devices import Device
 from server.backends.torch_run import run_module
 from server.errors import DeviceError, RepositoryError
+from server.manifest import TensorSpec
 from server.requests import Images, Outputs
 
 
@@ -16,6 +17,9 @@ class ExportedProgramBackend:
     """An ExportedProgram that maps images to the tuple (logits, probabilities)."""
 
     platform = "pytorch_exported_program"
+    # Its tensors have no names that would tell anything.
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
 
     def __init__(self, path: Path, device: Device, threads: int) -> None:
         if device.kind == "cuda" and not torch.cuda.is_available():

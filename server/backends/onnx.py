@@ -7,13 +7,16 @@ from typing import Any
 import onnxruntime as ort
 
 from server.backends.devices import Device
+from server.backends.onnx_file import check_self_contained
 from server.errors import DeviceError, DeviceMemoryError, RepositoryError
+from server.manifest import TensorSpec
 from server.requests import Images, Outputs
 
 _CPU_PROVIDER = "CPUExecutionProvider"
 _CUDA_PROVIDER = "CUDAExecutionProvider"
 # What its arena, CUDA and cuDNN say; there is no exception type for it.
 _OUT_OF_MEMORY = re.compile(r"Failed to allocate memory|out of memory|ALLOC_FAILED", re.IGNORECASE)
+_DATATYPES = {"tensor(uint8)": "UINT8", "tensor(float)": "FP32"}
 
 
 class OnnxBackend:
@@ -22,6 +25,7 @@ class OnnxBackend:
     platform = "onnx_onnxv1"
 
     def __init__(self, path: Path, device: Device, threads: int) -> None:
+        check_self_contained(path)
         if device.kind == "cuda":
             # Finds the CUDA libraries that came as Python packages.
             ort.preload_dlls()
@@ -45,6 +49,8 @@ class OnnxBackend:
             )
         self.device = str(device)
         self.fixed_shapes = device.kind == "cuda"
+        self.inputs = _tensors(self._session.get_inputs())
+        self.outputs = _tensors(self._session.get_outputs())
         self._input = self._session.get_inputs()[0].name
 
     def run(self, images: Images) -> Outputs:
@@ -58,6 +64,18 @@ class OnnxBackend:
                 raise DeviceMemoryError(f"no memory for {len(images)} images") from error
             raise
         return Outputs(logits, probabilities)
+
+
+def _tensors(declared: list[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            tensor.name,
+            _DATATYPES.get(tensor.type, tensor.type),
+            # A named axis is one that may vary.
+            tuple(size if isinstance(size, int) else -1 for size in tensor.shape),
+        )
+        for tensor in declared
+    )
 
 
 def _session_options(device: Device, threads: int) -> ort.SessionOptions:

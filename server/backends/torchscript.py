@@ -8,6 +8,7 @@ import torch
 from server.backends.devices import Device
 from server.backends.torch_run import run_module
 from server.errors import DeviceError, RepositoryError
+from server.manifest import TensorSpec
 from server.requests import Images, Outputs
 
 
@@ -15,6 +16,9 @@ class TorchScriptBackend:
     """A frozen TorchScript module that maps images to the tuple (logits, probabilities)."""
 
     platform = "pytorch_torchscript"
+    # The format names and types no tensors.
+    inputs: tuple[TensorSpec, ...] = ()
+    outputs: tuple[TensorSpec, ...] = ()
 
     def __init__(self, path: Path, device: Device, threads: int) -> None:
         if device.kind == "cuda" and not torch.cuda.is_available():

@@ -4,7 +4,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import grpc
 import structlog
@@ -63,9 +63,11 @@ class Call:
         self.started_s = started_s
         self.deadline_s = deadline_s
         self.requests = requests
+        self._held = ExitStack()
 
     def uses(self, model: ServedModel) -> ServedModel:
-        """Names the model that the metrics count this call for, and returns it."""
+        """Holds the model until the call ends, counts the call for it, and returns it."""
+        self._held.enter_context(model.users)
         self.requests = model.requests
         return model
 
@@ -73,6 +75,10 @@ class Call:
         """Brings the deadline to at most so long after the call's arrival, and returns it."""
         self.deadline_s = min(self.deadline_s, self.started_s + timeout_s)
         return self.deadline_s
+
+    def end(self) -> None:
+        """Lets go of what it held."""
+        self._held.close()
 
 
 class CallBoundary:
@@ -109,6 +115,7 @@ class CallBoundary:
             code, message = _status(error)
             await context.abort(code, message)
         finally:
+            call.end()
             ended_s = self._clock()
             call.requests.finished(method, code.name, ended_s - started_s)
             if method in INFERENCE_METHODS:

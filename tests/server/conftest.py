@@ -101,9 +101,19 @@ def publish_version(folder: Path) -> Path:
 
 @pytest.fixture
 def publish(tmp_path: Path) -> Publish:
-    """Publishes `colours` (or another name) in a version."""
+    """Publishes `colours` (or another name) in a version, by one rename as export does.
 
-    def write(version: int = 1, name: str = "colours") -> Path:
-        return publish_version(tmp_path / "models" / name / str(version))
+    `spoil` is called with the folder before it is renamed.
+    """
+
+    def write(
+        version: int = 1, name: str = "colours", spoil: Callable[[Path], object] | None = None
+    ) -> Path:
+        staged = publish_version(tmp_path / "staged" / name / str(version))
+        if spoil:
+            spoil(staged)
+        folder = tmp_path / "models" / name / str(version)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return staged.rename(folder)
 
     return write

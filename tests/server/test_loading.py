@@ -1,18 +1,27 @@
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import NodeProto, TensorProto, helper
 from prometheus_client import CollectorRegistry
 
 from server.backends import load_backend
 from server.backends.devices import Device, choose_device, count_cuda_devices, usable_cpus
 from server.backends.onnx import OnnxBackend
 from server.batcher import BatchingLimits
-from server.errors import DeviceError, RepositoryError, VerificationError
+from server.errors import (
+    DeviceError,
+    GoldenSamplesError,
+    GraphError,
+    RepositoryError,
+    VerificationError,
+)
 from server.loading import LoadOptions, ModelLoader, ServedModel
 from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
-from server.repository import ModelRepository
 from tests.server.conftest import mean_colour_logits, seal
 
 
@@ -21,8 +30,8 @@ def load(tmp_path):
     def load_newest(device: str = "cpu") -> ServedModel:
         limits = BatchingLimits(max_batch_size=6, max_queue_size=16)
         options = LoadOptions(ArtefactFormat.ONNX, choose_device(device), 1, limits)
-        (version,) = ModelRepository(tmp_path / "models").served_versions()
-        return ModelLoader(options, ServerMetrics(CollectorRegistry())).load(version)
+        folder = max((tmp_path / "models" / "colours").iterdir())
+        return ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
 
     return load_newest
 
@@ -52,7 +61,109 @@ def test_a_file_that_is_no_model_is_refused(publish, load):
     folder = publish()
     (folder / "model.onnx").write_bytes(b"not a graph")
     seal(folder)
-    with pytest.raises(RepositoryError, match=r"model\.onnx: ONNX Runtime cannot load it"):
+    with pytest.raises(GraphError, match=r"model\.onnx: expected an ONNX model"):
+        load()
+
+
+def edit_graph(folder: Path, edit: Callable[[onnx.ModelProto], object]) -> None:
+    """Changes the published graph and seals the version again, as an attacker with a key would."""
+    model = onnx.load(folder / "model.onnx")
+    edit(model)
+    onnx.save(model, folder / "model.onnx")
+    seal(folder)
+
+
+def external_weight(name: str = "outside") -> TensorProto:
+    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=[1])
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../../../etc/passwd")
+    return tensor
+
+
+def foreign_node(op_type: str = "Evil", domain: str = "com.example") -> NodeProto:
+    return helper.make_node(op_type, ["image"], ["y"], domain=domain)
+
+
+def nested(node: NodeProto) -> NodeProto:
+    """A branch that is never taken still is loaded."""
+    branch = helper.make_graph([node], "branch", [], [])
+    return helper.make_node("If", ["condition"], ["y"], then_branch=branch, else_branch=branch)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda m: m.graph.initializer.append(external_weight()), "found external data"),
+        (
+            lambda m: m.graph.node.append(
+                helper.make_node("Constant", [], ["c"], value=external_weight())
+            ),
+            "found external data",
+        ),
+        (
+            lambda m: m.graph.node.append(
+                nested(helper.make_node("Constant", [], ["c"], value=external_weight()))
+            ),
+            "found external data",
+        ),
+        (lambda m: m.graph.node.append(foreign_node()), "'Evil' of the domain 'com.example'"),
+        (lambda m: m.graph.node.append(nested(foreign_node())), "of the domain 'com.example'"),
+        (
+            lambda m: m.functions.append(
+                helper.make_function("local", "f", ["x"], ["y"], [foreign_node()], [])
+            ),
+            "of the domain 'com.example'",
+        ),
+        (lambda m: m.graph.node.append(foreign_node("EPContext", "com.microsoft")), "'EPContext'"),
+    ],
+)
+def test_a_graph_that_reaches_outside_its_file_is_refused(publish, load, edit, message):
+    edit_graph(publish(), edit)
+    with pytest.raises(GraphError, match=message) as caught:
+        load()
+    assert "passwd" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda m: m.graph.input[0].type.tensor_type.shape.dim[1].__setattr__("dim_value", 5),
+            r"input: the manifest describes image UINT8 \[-1, 4, 6, 3\], "
+            r"the graph has image UINT8 \[-1, 5, 6, 3\]",
+        ),
+        (lambda m: m.graph.output.pop(), "output: the manifest describes logits .*, probabilities"),
+        (
+            lambda m: m.graph.input.append(
+                helper.make_tensor_value_info("other", TensorProto.FLOAT, [1])
+            ),
+            "the graph has image .*, other FP32",
+        ),
+    ],
+)
+def test_a_graph_with_other_inputs_or_outputs_is_refused(publish, load, edit, message):
+    edit_graph(publish(), edit)
+    with pytest.raises(GraphError, match=message):
+        load()
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (1, 3), (8, 4)])
+def test_golden_logits_of_another_shape_are_refused_and_not_stretched(publish, load, shape):
+    folder = publish()
+    with np.load(folder / "samples.npz") as samples:
+        images = np.zeros_like(samples["images"])
+    np.savez(folder / "samples.npz", images=images, logits=np.zeros(shape, "f4"))
+    seal(folder)
+    with pytest.raises(GoldenSamplesError, match=r"expected \[8, 3\]"):
+        load()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"\x80\x04pickle"])
+def test_samples_that_are_no_arrays_are_refused(publish, load, content):
+    folder = publish()
+    (folder / "samples.npz").write_bytes(content)
+    seal(folder)
+    with pytest.raises(VerificationError, match=r"samples\.npz: expected arrays"):
         load()
 
 

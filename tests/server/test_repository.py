@@ -1,22 +1,24 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from server.errors import ManifestError, RepositoryError, VerificationError
 from server.manifest import ArtefactFormat, read_manifest
-from server.repository import ModelRepository
-from tests.server.conftest import seal
+from server.policy import Promotion
+from server.repository import ModelFolder, ModelRepository, ModelVersion, fingerprint
+from tests.server.conftest import describe, file_record, seal
 
 
-def test_the_newest_version_of_each_model_is_found(publish, tmp_path):
-    for version in (1, 2, 10):
+def test_models_and_versions_are_found(publish, tmp_path):
+    for version in (2, 1, 10):
         publish(version)
     publish(3, name="shades")
-    found = ModelRepository(tmp_path / "models").served_versions()
-    assert [(v.manifest.name, v.manifest.version) for v in found] == [
-        ("colours", 10),
-        ("shades", 3),
+    found = ModelRepository(tmp_path / "models").models()
+    assert [(folder.name, folder.versions) for folder in found] == [
+        ("colours", (1, 2, 10)),
+        ("shades", (3,)),
     ]
 
 
@@ -30,20 +32,20 @@ def test_what_is_no_published_version_is_left_alone(publish, tmp_path):
     (models / "colours" / "05").mkdir()
     (models / "README.md").write_text("notes")
     (models / "elsewhere").symlink_to(models / "colours")
-    (found,) = ModelRepository(models).served_versions()
-    assert found.manifest.version == 1
+    (found,) = ModelRepository(models).models()
+    assert (found.name, found.versions) == ("colours", (1,))
 
 
 def test_an_empty_or_missing_repository_is_an_error(tmp_path: Path):
     with pytest.raises(RepositoryError, match="holds no model"):
-        ModelRepository(tmp_path).served_versions()
+        ModelRepository(tmp_path).models()
     with pytest.raises(RepositoryError, match="expected a folder"):
-        ModelRepository(tmp_path / "nowhere").served_versions()
+        ModelRepository(tmp_path / "nowhere").models()
 
 
 def test_a_file_is_compared_with_the_manifest(publish, tmp_path):
     folder = publish()
-    (version,) = ModelRepository(tmp_path / "models").served_versions()
+    version = ModelVersion(folder, read_manifest(folder))
     record = version.manifest.artefact(ArtefactFormat.ONNX).file
     assert version.verified_file(record) == folder / "model.onnx"
     content = bytearray((folder / "model.onnx").read_bytes())
@@ -55,7 +57,7 @@ def test_a_file_is_compared_with_the_manifest(publish, tmp_path):
 
 def test_a_link_in_the_place_of_a_file_is_refused(publish, tmp_path):
     folder = publish()
-    (version,) = ModelRepository(tmp_path / "models").served_versions()
+    version = ModelVersion(folder, read_manifest(folder))
     (folder / "model.onnx").rename(tmp_path / "outside.onnx")
     (folder / "model.onnx").symlink_to(tmp_path / "outside.onnx")
     with pytest.raises(VerificationError, match="plain file"):
@@ -118,13 +120,54 @@ def test_the_manifest_of_a_version_reads_as_written(publish):
     assert manifest.artefact(ArtefactFormat.ONNX).tolerance == 1e-4
 
 
-def test_the_policy_file_chooses_the_version(publish, tmp_path):
+def test_a_link_in_the_place_of_the_manifest_is_refused(publish, tmp_path):
+    folder = publish()
+    (folder / "manifest.json").rename(tmp_path / "outside.json")
+    (folder / "manifest.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(ManifestError, match=r"manifest\.json"):
+        read_manifest(folder)
+
+
+def test_every_file_is_compared_not_only_those_that_are_loaded(publish):
+    folder = publish()
+    (folder / "model.torchscript").write_bytes(b"weights")
+    artefacts = [
+        *describe(folder)["artefacts"],
+        {
+            "format": "ARTEFACT_FORMAT_TORCHSCRIPT",
+            "file": file_record(folder / "model.torchscript"),
+        },
+    ]
+    seal(folder, artefacts=artefacts)
+    version = ModelVersion(folder, read_manifest(folder))
+    version.verify_files()
+    (folder / "model.torchscript").write_bytes(b"Weights")
+    with pytest.raises(VerificationError, match=r"model\.torchscript: expected SHA-256"):
+        version.verify_files()
+
+
+def test_a_fingerprint_changes_with_any_file(publish):
+    folder = publish()
+    seen = [fingerprint(folder)]
+    assert fingerprint(folder) == seen[0]
+    (folder / "manifest.sig").write_bytes(b"signature")
+    seen.append(fingerprint(folder))
+    (folder / "manifest.sig").write_bytes(b"Signature")
+    seen.append(fingerprint(folder))
+    (folder / "manifest.sig").unlink()
+    (folder / "samples.npz").rename(folder / "other.npz")
+    seen.append(fingerprint(folder))
+    assert len(set(seen)) == 4
+    assert fingerprint(folder.parent / "9") == ()
+
+
+def test_the_policy_file_is_read(publish):
     for version in (1, 2, 3):
         folder = publish(version)
     policy = folder.parent / "policy.json"
     policy.write_text(json.dumps({"schema_version": 1, "version": 2, "previous": [1]}))
-    (found,) = ModelRepository(tmp_path / "models").served_versions()
-    assert found.manifest.version == 2
+    found = ModelFolder(folder.parent, (1, 2, 3)).promotion()
+    assert found == Promotion(2, (1,))
 
 
 @pytest.mark.parametrize(
@@ -133,10 +176,36 @@ def test_the_policy_file_chooses_the_version(publish, tmp_path):
         ('{"schema_version": 1, "version": 9}', "names version 9, found 1"),
         ('{"schema_version": 2, "version": 1}', "schema_version: expected 1, got 2"),
         ("{", r"policy\.json"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
-def test_a_policy_that_cannot_be_followed_is_an_error(publish, tmp_path, content, message):
-    (publish().parent / "policy.json").write_text(content)
+def test_a_policy_that_cannot_be_followed_is_an_error(publish, content, message):
+    model = publish().parent
+    (model / "policy.json").write_text(content)
     with pytest.raises(RepositoryError, match=message) as caught:
-        ModelRepository(tmp_path / "models").served_versions()
+        ModelFolder(model, (1,)).promotion()
     assert "\n" not in str(caught.value)
+
+
+def test_indexing_many_versions_lists_folders_and_opens_no_file(publish, monkeypatch):
+    """200 models with 5 versions each: 201 listings and one look for a manifest a version."""
+    root = publish().parent.parent
+    for model in range(200):
+        for version in range(1, 6):
+            folder = root / f"model-{model}" / str(version)
+            folder.mkdir(parents=True)
+            (folder / "manifest.json").touch()
+    listed = []
+    scandir = os.scandir
+
+    def count(path):
+        listed.append(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", count)
+    for name in ("builtins.open", "io.open", "os.open"):
+        monkeypatch.setattr(name, None)
+    found = ModelRepository(root).models()
+    monkeypatch.undo()
+    assert sum(len(folder.versions) for folder in found) == 1001
+    assert len(listed) == 202

@@ -82,12 +82,15 @@ def test_a_file_that_holds_no_such_key_is_one_line(tmp_path, content, complaint)
 
 def test_the_server_starts_with_signed_versions_only(signed, publish, key_file):
     models = signed.parent.parent
+    publish(2)
     flags = ["--device", "cpu", "--require-signature", key_file]
     with running_server(models, *flags) as server:
+        (refused,) = [event for event in server.events if event["event"] == "version refused"]
+        assert (refused["version"], refused["reason"]) == (2, "signature")
         assert server.stop() == 0
-    publish(2)
+    (signed / "manifest.sig").unlink()
     ports = ["--port", "0", "--http-port", "0"]
     ended = run_module("server", "--repository", models, *ports, *flags)
     assert ended.returncode == 2
-    complaint = ended.stderr.splitlines()[-1]
-    assert complaint.startswith("convoy-server: model 'colours' version 2: manifest.sig: ")
+    assert ended.stderr.startswith("convoy-server: model 'colours' version 2: manifest.sig: ")
+    assert ended.stderr.count("\n") == 1
