@@ -1,8 +1,8 @@
 """convoy-server, also `python -m server`."""
 
-import asyncio
 import sys
 
+import uvloop
 from prometheus_client import CollectorRegistry
 
 from server.app import serve
@@ -19,7 +19,7 @@ def main() -> None:
     try:
         settings = parse_settings(sys.argv[1:])
         configure_logging(settings.log_level, settings.log_format)
-        asyncio.run(serve(settings, CollectorRegistry()))
+        uvloop.run(serve(settings, CollectorRegistry()))
     except StartupError as error:
         print(f"convoy-server: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,7 +23,7 @@ from server.errors import ManifestError
 from server.http import HttpServer
 from server.images import refuse_decompression_bombs
 from server.lifecycle import stop_signal
-from server.listener import GrpcListener
+from server.listener import GrpcListener, Transport
 from server.loading import LoadOptions, ModelLoader
 from server.manager import ModelManager
 from server.manifest import ArtefactFormat, read_manifest
@@ -123,7 +123,8 @@ class App:
 
     async def _listen(self, max_message_bytes: int) -> None:
         settings = self._settings
-        listener = GrpcListener(settings.host, settings.port, max_message_bytes)
+        transport = Transport(settings.transport)
+        listener = GrpcListener(settings.host, settings.port, max_message_bytes, transport)
         self.port = listener.port
         http = HttpServer(
             settings.host,

@@ -66,6 +66,11 @@ class ServerSettings(BaseSettings):
     http_port: Port = Field(
         8002, description="TCP port for /metrics, /healthz and /readyz; 0 picks a free one."
     )
+    transport: Literal["native", "grpcio"] = Field(
+        "native",
+        description="What carries gRPC: native runs on the server's own event loop and costs a "
+        "fraction of the processor time per call; grpcio is gRPC's C core.",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
