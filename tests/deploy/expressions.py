@@ -9,6 +9,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
+ADAPTER = ROOT / "deploy" / "kubernetes" / "prometheus-adapter-values.yaml"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "convoy.json"
 RECORDED = re.compile(r"\b[a-z_]+:convoy_\w+:\w+")
 METRIC = re.compile(r"(?<!:)\bconvoy_[a-z0-9_]+\b(?!:)")
@@ -86,3 +87,10 @@ def record_expressions() -> list[Expression]:
 def alert_expressions() -> list[Expression]:
     """What alerts compare; empty while all is well."""
     return [Expression(rule["alert"], rule["expr"]) for rule in rules("alert")]
+
+
+def autoscaler_expression() -> Expression:
+    """What the autoscaler reads through prometheus-adapter; servers stand for pods."""
+    (rule,) = yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]
+    promql = rule["metricsQuery"].replace("<<.GroupBy>>", "instance")
+    return Expression("autoscaler", promql.replace("<<.LabelMatchers>>", 'job="convoy"'), "s")
