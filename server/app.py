@@ -45,6 +45,8 @@ logger = structlog.get_logger()
 
 _CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["ClassifierService"]
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+# What the fast path reads and writes without message objects.
+_AS_BYTES = ("ModelInfer",)
 _SERVICES = (_CLASSIFIER.full_name, _INFERENCE.full_name)
 _MIB = 1024 * 1024
 # What a request carries beside its pixels: names, shapes, parameters.
@@ -142,7 +144,11 @@ class App:
 
     def _add_services(self, listener: GrpcListener) -> None:
         settings = self._settings
-        boundary = CallBoundary(self._metrics)
+        boundary = CallBoundary(
+            self._metrics,
+            slo_s=settings.slo_ms / 1000 or float("inf"),
+            tells_clients_apart=settings.max_client_share < 1,
+        )
         decoders = self._cleanup.enter_context(
             ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
         )
@@ -153,7 +159,7 @@ class App:
         classifier = ClassifierServicer(self._catalogue, decoder, boundary)
         oip = InferenceServicer(self._catalogue, inference, boundary)
         listener.server.add_generic_rpc_handlers(
-            (handler_of(_CLASSIFIER, classifier), handler_of(_INFERENCE, oip))
+            (handler_of(_CLASSIFIER, classifier), handler_of(_INFERENCE, oip, _AS_BYTES))
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
 

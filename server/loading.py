@@ -18,8 +18,10 @@ from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
 from server.errors import GoldenSamplesError, GraphError, RepositoryError, VerificationError
 from server.manifest import ArtefactFormat, Manifest, TensorSpec, read_manifest
 from server.metrics import RequestMetrics, RunsOn, ServerMetrics
+from server.observers import BatchObservers
 from server.repository import ModelVersion
 from server.signing import verify_signature
+from server.statistics import ModelStatistics
 from server.warmup import warm_up
 
 logger = structlog.get_logger()
@@ -83,6 +85,7 @@ class ServedModel:
         backend: What runs it.
         batcher: Where its requests go.
         requests: Counts them.
+        statistics: What its batcher did so far.
         users: The calls that hold it.
     """
 
@@ -91,6 +94,7 @@ class ServedModel:
     backend: Backend
     batcher: DynamicBatcher
     requests: RequestMetrics
+    statistics: ModelStatistics
     users: Users = field(default_factory=Users)
 
     @property
@@ -152,8 +156,13 @@ class ModelLoader:
         warmup_s = time.monotonic() - warming_s
         _check_golden_samples(backend, manifest, folder / manifest.samples.name, artefact.tolerance)
         observer = self._batches.observer(manifest, limits)
+        statistics = ModelStatistics()
         batcher = DynamicBatcher(
-            backend.run, manifest.sample_shape, limits, observer, latency=latency
+            backend.run,
+            manifest.sample_shape,
+            limits,
+            BatchObservers(observer, statistics),
+            latency=latency,
         )
         observer.follow(batcher.snapshot)
         load_s = time.monotonic() - started_s
@@ -168,7 +177,7 @@ class ModelLoader:
             load_s=round(load_s, 3),
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
-        return ServedModel(manifest, options.format, backend, batcher, requests)
+        return ServedModel(manifest, options.format, backend, batcher, requests, statistics)
 
 
 def _check_graph(backend: Backend, manifest: Manifest) -> None:

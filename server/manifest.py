@@ -102,6 +102,8 @@ class Manifest:
     Attributes:
         artefacts: Those in a format that this server knows.
         files: Every file beside the manifest, of any format.
+        temperature: Probabilities are softmax(logits / temperature).
+        abstain_threshold: A largest probability below it is no answer; 0 for always one.
     """
 
     name: str
@@ -113,6 +115,8 @@ class Manifest:
     artefacts: tuple[Artefact, ...]
     samples: FileRecord
     files: tuple[FileRecord, ...]
+    temperature: float = 1.0
+    abstain_threshold: float = 0.0
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -219,7 +223,11 @@ def _convert(message: pb.ModelManifest) -> Manifest:
         files=tuple(
             _file(file) for file in (*(a.file for a in message.artefacts), message.samples.file)
         ),
+        temperature=message.temperature,
+        abstain_threshold=message.abstain_threshold,
     )
+    if not 0 <= manifest.abstain_threshold <= 1:
+        raise ValueError(f"abstain_threshold: expected 0 to 1, got {manifest.abstain_threshold}")
     _check_tensors(manifest)
     return manifest
 

@@ -1,10 +1,13 @@
 """What every RPC shares: its status code, its metrics and its deadline."""
 
 import asyncio
+import math
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 import structlog
@@ -20,11 +23,15 @@ from server.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from server.loading import ServedModel
+from server.loading import ServedModel, Users
 from server.metrics import RequestMetrics, ServerMetrics
 from server.requests import Outcome
 
 logger = structlog.get_logger()
+
+Reply = TypeVar("Reply")
+# What a Call is made of: when it came, its deadline, what counts it, who makes it.
+Arrival = tuple[float, float, RequestMetrics, str]
 
 STATUS_OF: dict[type[RequestError], grpc.StatusCode] = {
     InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -36,7 +43,11 @@ STATUS_OF: dict[type[RequestError], grpc.StatusCode] = {
     InferenceError: grpc.StatusCode.INTERNAL,
 }
 # Other RPCs are timed but have no outcome.
-INFERENCE_METHODS = frozenset({"Classify", "ModelInfer"})
+INFERENCE_METHODS = frozenset(
+    {"Classify", "ClassifyBatch", "ClassifyStream", "ModelInfer", "ModelStreamInfer", "RestInfer"}
+)
+# gRPC's clients wait so long before they try again (gRFC A6).
+_PUSHBACK = "grpc-retry-pushback-ms"
 _OUTCOME_OF = {
     grpc.StatusCode.OK: Outcome.OK,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Outcome.FULL,
@@ -50,24 +61,65 @@ _OUTCOME_OF = {
 }
 
 
+class Context(Protocol):
+    """What servicers need of a call's context, whichever transport carries it."""
+
+    def time_remaining(self) -> float | None:
+        """Returns the seconds until the deadline; None without one."""
+
+    def peer(self) -> str:
+        """Returns the caller's address, such as ipv4:127.0.0.1:5000."""
+
+    async def write(self, message: Any) -> None:
+        """Sends a message of a reply that streams."""
+
+    async def abort(
+        self,
+        code: grpc.StatusCode,
+        details: str = "",
+        trailing_metadata: Sequence[tuple[str, str]] = (),
+    ) -> NoReturn:
+        """Ends the call with a status; nothing after it in the handler runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a request ended that could not be answered.
+
+    Attributes:
+        message: For the caller.
+        retry_after_ms: When to try again; 0 where that would not help.
+    """
+
+    code: grpc.StatusCode
+    message: str
+    retry_after_ms: int = 0
+
+
 class Call:
-    """One RPC that is being answered.
+    """One request that is being answered.
 
     Attributes:
         started_s: When it came, on the batcher's clock.
         deadline_s: On the batcher's clock; infinity without one.
         requests: Counts it.
+        client: Who asks, where the share of one client is bounded.
     """
 
-    def __init__(self, started_s: float, deadline_s: float, requests: RequestMetrics) -> None:
+    __slots__ = ("_held", "client", "deadline_s", "requests", "started_s")
+
+    def __init__(
+        self, started_s: float, deadline_s: float, requests: RequestMetrics, client: str = ""
+    ) -> None:
         self.started_s = started_s
         self.deadline_s = deadline_s
         self.requests = requests
-        self._held = ExitStack()
+        self.client = client
+        self._held: Users | None = None
 
     def uses(self, model: ServedModel) -> ServedModel:
         """Holds the model until the call ends, counts the call for it, and returns it."""
-        self._held.enter_context(model.users)
+        self._hold(model.users)
         self.requests = model.requests
         return model
 
@@ -76,13 +128,58 @@ class Call:
         self.deadline_s = min(self.deadline_s, self.started_s + timeout_s)
         return self.deadline_s
 
-    def end(self) -> None:
-        """Lets go of what it held."""
-        self._held.close()
+    def finished(self, method: str, code: grpc.StatusCode, ended_s: float) -> None:
+        """Counts the call, by its method and the status it ended with, and lets go of its model."""
+        self._hold(None)
+        self.requests.finished(method, code.name, ended_s - self.started_s)
+        if method in INFERENCE_METHODS:
+            self.requests.outcome(_OUTCOME_OF[code], self.deadline_s - ended_s)
+
+    def _hold(self, users: Users | None) -> None:
+        if users:
+            users.__enter__()
+        if self._held:
+            self._held.__exit__()
+        self._held = users
+
+
+class GrpcCall(Call):
+    """An RPC: leaving its context times it and ends it with the status that fits the error."""
+
+    __slots__ = ("_clock", "_context", "_method")
+
+    def __init__(self, method: str, context: Context, clock: Clock, arrival: Arrival) -> None:
+        super().__init__(*arrival)
+        self._method = method
+        self._context = context
+        self._clock = clock
+
+    async def __aenter__(self) -> "GrpcCall":
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.finished(self._method, grpc.StatusCode.OK, self._clock())
+            return
+        failure = failure_of(error, self.deadline_s <= self._clock())
+        self.finished(self._method, failure.code, self._clock())
+        if isinstance(error, Exception):
+            pushback = ((_PUSHBACK, str(failure.retry_after_ms)),) if failure.retry_after_ms else ()
+            await self._context.abort(failure.code, failure.message, pushback)
 
 
 class CallBoundary:
     """Where domain errors become status codes and every RPC is timed.
+
+    Args:
+        metrics: Counts the calls.
+        slo_s: A deadline for those that bring a later one or none.
+        tells_clients_apart: Whether calls say who makes them; it costs time.
 
     Example:
         async with boundary.answering("Classify", context) as call:
@@ -90,42 +187,67 @@ class CallBoundary:
             …
     """
 
-    def __init__(self, metrics: ServerMetrics, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self,
+        metrics: ServerMetrics,
+        clock: Clock = time.monotonic,
+        *,
+        slo_s: float = float("inf"),
+        tells_clients_apart: bool = False,
+    ) -> None:
         self._metrics = metrics
         self._clock = clock
+        self._slo_s = slo_s
+        self._tells_clients_apart = tells_clients_apart
 
-    @asynccontextmanager
-    async def answering(
-        self, method: str, context: grpc.aio.ServicerContext[object, object]
-    ) -> AsyncIterator[Call]:
-        """Times the body and ends the RPC with the status that fits what it raises."""
-        started_s = self._clock()
-        remaining_s = context.time_remaining()
-        deadline_s = float("inf") if remaining_s is None else started_s + remaining_s
-        call = Call(started_s, deadline_s, self._metrics.unknown_model)
+    def answering(self, method: str, context: Context) -> GrpcCall:
+        """Returns the call, a context for the body that answers it."""
+        return GrpcCall(method, context, self._clock, self._arrival(context))
+
+    async def attempt(
+        self, method: str, context: Context, answer: Callable[[Call], Awaitable[Reply]]
+    ) -> Reply | Failure:
+        """Answers one of the requests of a stream, which goes on where this one fails."""
+        call = Call(*self._arrival(context))
         code = grpc.StatusCode.OK
         try:
-            yield call
-        except asyncio.CancelledError:
-            # The caller left, or gRPC ended the call at its deadline.
-            late = self._clock() >= call.deadline_s
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-            raise
-        except Exception as error:  # no text of an unknown error may leave the server
-            code, message = _status(error)
-            await context.abort(code, message)
+            return await answer(call)
+        except BaseException as error:
+            failure = failure_of(error, call.deadline_s <= self._clock())
+            code = failure.code
+            if not isinstance(error, Exception):
+                raise
+            return failure
         finally:
-            call.end()
-            ended_s = self._clock()
-            call.requests.finished(method, code.name, ended_s - started_s)
-            if method in INFERENCE_METHODS:
-                call.requests.outcome(_OUTCOME_OF[code], call.deadline_s - ended_s)
+            call.finished(method, code, self._clock())
+
+    def _arrival(self, context: Context) -> Arrival:
+        started_s = self._clock()
+        remaining_s = context.time_remaining()
+        budget_s = self._slo_s if remaining_s is None else min(remaining_s, self._slo_s)
+        client = _host(context.peer()) if self._tells_clients_apart else ""
+        return started_s, started_s + budget_s, self._metrics.unknown_model, client
 
 
-def _status(error: Exception) -> tuple[grpc.StatusCode, str]:
+def failure_of(error: BaseException, late: bool = False) -> Failure:
+    """Returns what a caller is told; the log gets what the caller must not see.
+
+    Args:
+        error: What was raised.
+        late: Whether the deadline has passed: gRPC then cancels the call just as a caller does.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+        return Failure(code, "the caller left")
     code = STATUS_OF.get(type(error), grpc.StatusCode.INTERNAL)  # type: ignore[arg-type]
     if code is not grpc.StatusCode.INTERNAL:
-        return code, str(error)
+        wait_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
+        return Failure(code, str(error), math.ceil(wait_s * 1000))
     error_id = uuid.uuid4().hex[:12]
     logger.error("request failed", error_id=error_id, exc_info=error)
-    return code, f"internal error; the server's log explains it under id {error_id}"
+    return Failure(code, f"internal error; the server's log explains it under id {error_id}")
+
+
+def _host(peer: str) -> str:
+    """What is left of ipv4:127.0.0.1:5000 without the port, another for each connection."""
+    return peer.rpartition(":")[0]

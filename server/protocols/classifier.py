@@ -1,8 +1,8 @@
 """convoy.v1.ClassifierService: images in, classes out."""
 
 import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 
-import grpc
 import numpy as np
 
 from convoy.v1 import classifier_pb2 as pb
@@ -10,14 +10,16 @@ from server.catalogue import ModelCatalogue
 from server.decoding import ImageDecoder
 from server.errors import InvalidRequestError
 from server.loading import ServedModel
-from server.protocols.calls import CallBoundary
+from server.protocols.calls import STATUS_OF, Call, CallBoundary, Context, Failure
+from server.protocols.classes import Probabilities, abstains, best_classes
+from server.protocols.streams import answer_as_ready
 from server.requests import Images, Prediction
 
 _NS_PER_S = 1_000_000_000
 
 
 class ClassifierServicer:
-    """Answers Classify and ListModels.
+    """Answers the service's RPCs.
 
     Args:
         catalogue: The models in service.
@@ -32,41 +34,114 @@ class ClassifierServicer:
         self._decoder = decoder
         self._boundary = boundary
 
-    async def Classify(
-        self,
-        request: pb.ClassifyRequest,
-        context: grpc.aio.ServicerContext[pb.ClassifyRequest, pb.ClassifyResponse],
-    ) -> pb.ClassifyResponse:
+    async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         """Classifies one image."""
         async with self._boundary.answering("Classify", context) as call:
+            return await self._classify(request, call)
+
+    async def ClassifyStream(
+        self, requests: AsyncIterator[pb.ClassifyStreamRequest], context: Context
+    ) -> None:
+        """Classifies images as they come, each answered when it is ready."""
+
+        async def answer(request: pb.ClassifyStreamRequest) -> pb.ClassifyStreamResponse:
+            reply = await self._boundary.attempt(
+                "ClassifyStream", context, lambda call: self._classify(request.request, call)
+            )
+            if isinstance(reply, Failure):
+                return pb.ClassifyStreamResponse(id=request.id, error=_error(reply))
+            return pb.ClassifyStreamResponse(id=request.id, response=reply)
+
+        await answer_as_ready(requests, context, answer)
+
+    async def ClassifyBatch(
+        self, request: pb.ClassifyBatchRequest, context: Context
+    ) -> pb.ClassifyBatchResponse:
+        """Classifies many images; one that cannot be decoded fails alone."""
+        async with self._boundary.answering("ClassifyBatch", context) as call:
             model = call.uses(self._catalogue.find(request.model, request.version))
+            _check_count(len(request.images), model)
             started_s = time.monotonic()
-            images = await self._pixels(request, model, call.deadline_s)
-            decode_s = time.monotonic() - started_s if request.HasField("encoded") else 0.0
-            prediction = await model.batcher.infer(images, call.deadline_s)
-            return _response(model, request.top_k, prediction, decode_s)
+            pixels = await self._each_pixels(request.images, model, call.deadline_s)
+            decode_s = time.monotonic() - started_s
+            reply = pb.ClassifyBatchResponse(model=model.name, version=model.version)
+            rows: Iterator[Probabilities] = iter(())
+            intact = [each for each in pixels if isinstance(each, np.ndarray)]
+            if intact:
+                prediction = await model.batcher.infer(
+                    np.concatenate(intact), call.deadline_s, request.priority, call.client
+                )
+                rows = iter(prediction.outputs.probabilities)
+                reply.times.CopyFrom(_times(prediction, decode_s))
+                reply.batch_size = prediction.batch_size
+            for each in pixels:
+                if isinstance(each, InvalidRequestError):
+                    reply.results.add(error=_invalid(each))
+                    continue
+                probabilities = next(rows)
+                reply.results.add(
+                    classes=best_classes(probabilities, request.top_k, model.manifest.labels),
+                    abstain=abstains(probabilities, model.manifest),
+                )
+            return reply
 
     async def ListModels(
-        self,
-        request: pb.ListModelsRequest,
-        context: grpc.aio.ServicerContext[pb.ListModelsRequest, pb.ListModelsResponse],
+        self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
         """Lists the versions in service."""
         async with self._boundary.answering("ListModels", context):
             models = [_model_status(model, self._catalogue.ready) for model in self._catalogue]
             return pb.ListModelsResponse(models=models)
 
-    async def _pixels(
-        self, request: pb.ClassifyRequest, model: ServedModel, deadline_s: float
-    ) -> Images:
+    async def _classify(self, request: pb.ClassifyRequest, call: Call) -> pb.ClassifyResponse:
+        model = call.uses(self._catalogue.find(request.model, request.version))
+        started_s = time.monotonic()
         match request.WhichOneof("image"):
             case "encoded":
                 steps = model.manifest.preprocessing
-                return await self._decoder.decode([request.encoded], steps, deadline_s)
+                images = await self._decoder.decode([request.encoded], steps, call.deadline_s)
+                decode_s = time.monotonic() - started_s
             case "raw":
-                return _raw_pixels(request.raw, model)
+                images, decode_s = _raw_pixels(request.raw, model), 0.0
             case _:
                 raise InvalidRequestError("image: expected encoded or raw, got neither")
+        prediction = await model.batcher.infer(
+            images, call.deadline_s, request.priority, call.client
+        )
+        return _response(model, request.top_k, prediction, decode_s)
+
+    async def _each_pixels(
+        self, images: Sequence[pb.Image], model: ServedModel, deadline_s: float
+    ) -> list[Images | InvalidRequestError]:
+        """Returns for each image its pixels `[1, H, W, 3]`, or why there are none."""
+        encoded = [image.encoded for image in images if image.WhichOneof("form") == "encoded"]
+        steps = model.manifest.preprocessing
+        decoded = iter(await self._decoder.decode_each(encoded, steps, deadline_s))
+        pixels: list[Images | InvalidRequestError] = []
+        for image in images:
+            match image.WhichOneof("form"):
+                case "encoded":
+                    pixels.append(next(decoded))
+                case "raw":
+                    pixels.append(_raw_or_error(image.raw, model))
+                case _:
+                    pixels.append(
+                        InvalidRequestError("image: expected encoded or raw, got neither")
+                    )
+        return pixels
+
+
+def _check_count(count: int, model: ServedModel) -> None:
+    most = model.batcher.limits.max_request_images
+    if not 1 <= count <= most:
+        raise InvalidRequestError(f"images: expected 1 to {most}, got {count}")
+
+
+def _raw_or_error(image: pb.RawImage, model: ServedModel) -> Images | InvalidRequestError:
+    try:
+        return _raw_pixels(image, model)
+    except InvalidRequestError as error:
+        return error
 
 
 def _raw_pixels(image: pb.RawImage, model: ServedModel) -> Images:
@@ -86,25 +161,34 @@ def _response(
     model: ServedModel, top_k: int, prediction: Prediction, decode_s: float
 ) -> pb.ClassifyResponse:
     probabilities = prediction.outputs.probabilities[0]  # [K]
-    best = np.argsort(-probabilities, kind="stable")[: max(1, top_k)]
     return pb.ClassifyResponse(
         model=model.name,
         version=model.version,
-        classes=[
-            pb.ClassScore(
-                label=model.manifest.labels[index],
-                index=int(index),
-                probability=float(probabilities[index]),
-            )
-            for index in best
-        ],
-        times=pb.StageTimes(
-            decode_ns=int(decode_s * _NS_PER_S),
-            queue_ns=int(prediction.queue_s * _NS_PER_S),
-            inference_ns=int(prediction.inference_s * _NS_PER_S),
-        ),
+        classes=best_classes(probabilities, top_k, model.manifest.labels),
+        times=_times(prediction, decode_s),
         batch_size=prediction.batch_size,
+        abstain=abstains(probabilities, model.manifest),
     )
+
+
+def _times(prediction: Prediction, decode_s: float) -> pb.StageTimes:
+    return pb.StageTimes(
+        decode_ns=int(decode_s * _NS_PER_S),
+        queue_ns=int(prediction.queue_s * _NS_PER_S),
+        inference_ns=int(prediction.inference_s * _NS_PER_S),
+    )
+
+
+def _error(failure: Failure) -> pb.Error:
+    return pb.Error(
+        code=failure.code.value[0],
+        message=failure.message,
+        retry_after_ms=failure.retry_after_ms,
+    )
+
+
+def _invalid(error: InvalidRequestError) -> pb.Error:
+    return _error(Failure(STATUS_OF[InvalidRequestError], str(error)))
 
 
 def _model_status(model: ServedModel, ready: bool) -> pb.ModelStatus:
@@ -120,4 +204,7 @@ def _model_status(model: ServedModel, ready: bool) -> pb.ModelStatus:
         device=model.backend.device,
         provider=model.backend.provider,
         max_batch_size=model.batcher.limits.max_batch_size,
+        max_request_images=model.batcher.limits.max_request_images,
+        temperature=model.manifest.temperature,
+        abstain_threshold=model.manifest.abstain_threshold,
     )

@@ -25,6 +25,7 @@ class Call(Protocol):
     """What the way a request came in knows about it."""
 
     deadline_s: float
+    client: str
 
     def uses(self, model: ServedModel) -> ServedModel:
         """Names the model that the call is counted for, and returns it."""
@@ -77,9 +78,7 @@ class Inference:
             UnavailableError: The server starts or drains.
             ModelNotFoundError: There is no such model or version.
         """
-        if version and not _VERSION.fullmatch(version):
-            raise InvalidRequestError(f"version: expected a whole number above 0, got {version!r}")
-        return self._catalogue.find(name, int(version or 0))
+        return self._catalogue.find(name, version_number(version))
 
     async def answer(self, query: InferenceQuery, call: Call) -> InferenceAnswer:
         """Runs a request's images and returns the outputs it wants.
@@ -97,3 +96,14 @@ class Inference:
         prediction = await model.batcher.infer(images, deadline_s, query.options.priority)
         tensors = output_tensors(wanted, prediction.outputs, model.manifest.labels)
         return InferenceAnswer(model, tensors)
+
+
+def version_number(text: str) -> int:
+    """Returns the version that a request names; 0 for an empty one.
+
+    Raises:
+        InvalidRequestError: It is no number.
+    """
+    if text and not _VERSION.fullmatch(text):
+        raise InvalidRequestError(f"version: expected a whole number above 0, got {text!r}")
+    return int(text or 0)

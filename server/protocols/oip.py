@@ -1,14 +1,21 @@
-"""inference.GRPCInferenceService: the Open Inference Protocol, version 2."""
+"""inference.GRPCInferenceService: the Open Inference Protocol, version 2, with its extensions.
 
-import grpc
+The RPCs that manage the repository are not here: they are for the admin listener.
+"""
+
+from collections.abc import AsyncIterator, Collection
+
+from google.protobuf.message import DecodeError
 
 from convoy.oip.v2 import inference_pb2 as pb
 from server import SERVER_NAME, SERVER_VERSION
 from server.catalogue import ModelCatalogue
-from server.errors import ModelNotFoundError, UnavailableError
+from server.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from server.manifest import TensorSpec
-from server.protocols.calls import CallBoundary
+from server.protocols.calls import Call, CallBoundary, Context, Failure
+from server.protocols.fast_infer import HeadCache, split
 from server.protocols.inference import Inference, InferenceQuery
+from server.protocols.oip_description import model_config, model_statistics
 from server.protocols.oip_messages import (
     add_outputs,
     inputs_of,
@@ -16,13 +23,24 @@ from server.protocols.oip_messages import (
     requested_outputs_of,
 )
 from server.protocols.options import read_options
+from server.protocols.streams import answer_as_ready
 
 # Names of the protocol's extensions that work here.
-EXTENSIONS = ("classification", "schedule_policy", "binary_tensor_data", "parameters")
+EXTENSIONS = (
+    "classification",
+    "schedule_policy",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+# Asks for an empty last reply where a model gives several; here every reply is the last.
+_STREAM_PARAMETERS = frozenset({"triton_enable_empty_final_response"})
+_FINAL = "triton_final_response"
 
 
 class InferenceServicer:
-    """Answers the protocol's six RPCs.
+    """Answers the protocol's six RPCs and its extensions.
 
     Args:
         catalogue: The models in service.
@@ -36,11 +54,12 @@ class InferenceServicer:
         self._catalogue = catalogue
         self._inference = inference
         self._boundary = boundary
+        self._heads = HeadCache()
 
     async def ServerLive(
         self,
         request: pb.ServerLiveRequest,
-        context: grpc.aio.ServicerContext[pb.ServerLiveRequest, pb.ServerLiveResponse],
+        context: Context,
     ) -> pb.ServerLiveResponse:
         """Says that the process is up."""
         async with self._boundary.answering("ServerLive", context):
@@ -49,7 +68,7 @@ class InferenceServicer:
     async def ServerReady(
         self,
         request: pb.ServerReadyRequest,
-        context: grpc.aio.ServicerContext[pb.ServerReadyRequest, pb.ServerReadyResponse],
+        context: Context,
     ) -> pb.ServerReadyResponse:
         """Says whether every model is loaded and the server does not drain."""
         async with self._boundary.answering("ServerReady", context):
@@ -58,7 +77,7 @@ class InferenceServicer:
     async def ModelReady(
         self,
         request: pb.ModelReadyRequest,
-        context: grpc.aio.ServicerContext[pb.ModelReadyRequest, pb.ModelReadyResponse],
+        context: Context,
     ) -> pb.ModelReadyResponse:
         """Says whether a model can be used; an unknown one is not ready, which is no error."""
         async with self._boundary.answering("ModelReady", context) as call:
@@ -71,7 +90,7 @@ class InferenceServicer:
     async def ServerMetadata(
         self,
         request: pb.ServerMetadataRequest,
-        context: grpc.aio.ServicerContext[pb.ServerMetadataRequest, pb.ServerMetadataResponse],
+        context: Context,
     ) -> pb.ServerMetadataResponse:
         """Names the server and the extensions that work."""
         async with self._boundary.answering("ServerMetadata", context):
@@ -82,7 +101,7 @@ class InferenceServicer:
     async def ModelMetadata(
         self,
         request: pb.ModelMetadataRequest,
-        context: grpc.aio.ServicerContext[pb.ModelMetadataRequest, pb.ModelMetadataResponse],
+        context: Context,
     ) -> pb.ModelMetadataResponse:
         """Describes a model's tensors and what really runs it."""
         async with self._boundary.answering("ModelMetadata", context) as call:
@@ -96,28 +115,90 @@ class InferenceServicer:
                 properties={"device": model.backend.device, "provider": model.backend.provider},
             )
 
-    async def ModelInfer(
-        self,
-        request: pb.ModelInferRequest,
-        context: grpc.aio.ServicerContext[pb.ModelInferRequest, pb.ModelInferResponse],
-    ) -> pb.ModelInferResponse:
-        """Runs a batch of images, given as pixels or as files."""
+    async def ModelInfer(self, message: bytes, context: Context) -> bytes:
+        """Runs a batch of images, given as pixels or as files; both messages as on the wire."""
         async with self._boundary.answering("ModelInfer", context) as call:
-            query = InferenceQuery(
-                request.model_name,
-                request.model_version,
-                inputs_of(request),
-                requested_outputs_of(request),
-                read_options(parameters_of(request.parameters)),
+            fields = split(message)
+            head = self._heads.read(fields) if fields else None
+            if fields and head:
+                model = self._catalogue.find(head.model, head.version)
+                plan = head.plan(model)
+                if plan and plan.size_bytes == len(message) - fields.start:
+                    call.requests = model.requests
+                    options = plan.options
+                    prediction = await model.batcher.infer(
+                        plan.images(message, fields),
+                        call.within(options.timeout_s),
+                        options.priority,
+                        call.client,
+                    )
+                    return plan.reply(fields, prediction.outputs)
+            reply = await self._answer(_parsed(message), call)
+            return reply.SerializeToString()
+
+    async def ModelStreamInfer(
+        self, requests: AsyncIterator[pb.ModelInferRequest], context: Context
+    ) -> None:
+        """Answers requests as they are ready; one that fails leaves the stream as it is."""
+
+        async def answer(request: pb.ModelInferRequest) -> pb.ModelStreamInferResponse:
+            reply = await self._boundary.attempt(
+                "ModelStreamInfer",
+                context,
+                lambda call: self._answer(request, call, _STREAM_PARAMETERS),
             )
-            answer = await self._inference.answer(query, call)
-            reply = pb.ModelInferResponse(
-                model_name=answer.model.name,
-                model_version=str(answer.model.version),
-                id=request.id,
-            )
-            add_outputs(reply, answer.tensors)
-            return reply
+            if isinstance(reply, Failure):
+                named = pb.ModelInferResponse(id=request.id)
+                return pb.ModelStreamInferResponse(
+                    error_message=reply.message, infer_response=named
+                )
+            # One request has one reply here, so each is the last.
+            reply.parameters[_FINAL].bool_param = True
+            return pb.ModelStreamInferResponse(infer_response=reply)
+
+        await answer_as_ready(requests, context, answer)
+
+    async def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        """Says how a model is served."""
+        async with self._boundary.answering("ModelConfig", context) as call:
+            model = call.uses(self._inference.find(request.name, request.version))
+            return pb.ModelConfigResponse(config=model_config(model))
+
+    async def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        """Says what a model, or each of them, has done so far."""
+        async with self._boundary.answering("ModelStatistics", context) as call:
+            if request.name:
+                model = call.uses(self._inference.find(request.name, request.version))
+                return pb.ModelStatisticsResponse(model_stats=[model_statistics(model)])
+            return pb.ModelStatisticsResponse(model_stats=map(model_statistics, self._catalogue))
+
+    async def _answer(
+        self, request: pb.ModelInferRequest, call: Call, known: Collection[str] = ()
+    ) -> pb.ModelInferResponse:
+        query = InferenceQuery(
+            request.model_name,
+            request.model_version,
+            inputs_of(request),
+            requested_outputs_of(request),
+            read_options(parameters_of(request.parameters), known),
+        )
+        answer = await self._inference.answer(query, call)
+        reply = pb.ModelInferResponse(
+            model_name=answer.model.name, model_version=str(answer.model.version), id=request.id
+        )
+        add_outputs(reply, answer.tensors)
+        return reply
+
+
+def _parsed(message: bytes) -> pb.ModelInferRequest:
+    try:
+        return pb.ModelInferRequest.FromString(message)
+    except DecodeError:
+        raise InvalidRequestError("message: expected a ModelInferRequest") from None
 
 
 def _tensor_metadata(spec: TensorSpec) -> pb.ModelMetadataResponse.TensorMetadata:
