@@ -116,11 +116,11 @@ class ServerSettings(BaseSettings):
         256.0, gt=0, description="MiB of pixels that may wait per model, refused likewise beyond."
     )
     max_client_share: float = Field(
-        0.5,
+        1.0,
         gt=0,
         le=1,
-        description="Part of the queue that the requests of one client may hold, where it says who "
-        "it is.",
+        description="Part of the queue that the requests of one client may hold; clients are told "
+        "apart by their address. Leave it at 1 behind a proxy, which has one address for all.",
     )
     hang_timeout_s: float = Field(
         60.0,

@@ -179,6 +179,8 @@ class InferenceServicer:
     async def _answer(
         self, request: pb.ModelInferRequest, call: Call, known: Collection[str] = ()
     ) -> pb.ModelInferResponse:
+        # A wrong name is the first thing to tell; the fast way too looks for the model first.
+        call.uses(self._inference.find(request.model_name, request.model_version))
         query = InferenceQuery(
             request.model_name,
             request.model_version,

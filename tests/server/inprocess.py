@@ -15,13 +15,12 @@ from server.batcher import BatchingLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.loading import LoadOptions, ModelLoader
-from server.manifest import ArtefactFormat, read_manifest
+from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.protocols.calls import CallBoundary
 from server.protocols.classifier import ClassifierServicer
 from server.protocols.inference import Inference
 from server.protocols.oip import InferenceServicer
-from server.repository import ModelVersion
 
 MAX_PIXELS = 1_000_000
 
@@ -83,11 +82,11 @@ async def servicers(folder: Path, **limits: object) -> AsyncIterator[Servicers]:
         limits=BatchingLimits(**{"max_batch_size": 4, "max_queue_size": 4096, **limits}),
     )
     loader = ModelLoader(options, metrics)
-    version = ModelVersion(folder, read_manifest(folder))
-    model = await asyncio.to_thread(loader.load, version)
+    model = await asyncio.to_thread(loader.load, folder)
     model.batcher.start()
     catalogue = ModelCatalogue()
     catalogue.add(model)
+    catalogue.make_default(model)
     catalogue.state = ServerState.SERVING
     with ThreadPoolExecutor(2) as threads:
         decoder = ImageDecoder(threads, 2, MAX_PIXELS, max_waiting=1024)

@@ -149,6 +149,9 @@ def test_bytes_that_are_no_message_are_an_invalid_argument(served, monkeypatch):
     assert (code.name, details) == ("INVALID_ARGUMENT", "message: expected a ModelInferRequest")
 
 
+STARTS = [each for each in (*ORDINARY.values(), *UNUSUAL.values()) if each.ByteSize()]
+
+
 def mutated(data: st.DataObject, encoded: bytes) -> bytes:
     """Cuts, doubles, overwrites and moves pieces of a message."""
     message = bytearray(encoded)
@@ -181,7 +184,7 @@ def mutated(data: st.DataObject, encoded: bytes) -> bytes:
 )
 @given(data=st.data())
 def test_mutated_requests_are_answered_as_without_the_fast_way(served, monkeypatch, data):
-    start = data.draw(st.sampled_from([*ORDINARY.values(), *UNUSUAL.values()]))
+    start = data.draw(st.sampled_from(STARTS))
     encoded = mutated(data, start.SerializeToString())
     by_fast = served.ask(encoded, monkeypatch, fast=True)
     by_general = served.ask(encoded, monkeypatch, fast=False)
