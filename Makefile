@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 PARTS := server training export clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fmt proto lock clean
+.PHONY: help demo test ray-test lint fmt proto lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -23,6 +23,10 @@ demo: .venv/.installed  ## train, export, serve and classify real digits, start 
 
 test: .venv/.installed  ## run the tests
 	$(BIN)/pytest
+
+ray-test: .venv/.installed  ## run the tests of the ray engine on a cluster of two local nodes
+	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet --editable '.[ray]'
+	$(BIN)/pytest tests/clients/test_batch_ray.py
 
 lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync
 	$(BIN)/ruff format --check .

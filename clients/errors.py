@@ -99,8 +99,12 @@ _OVER_A_MESSAGE_LIMIT = "message larger than max"
 
 def from_rpc_error(error: grpc.RpcError) -> ServerError:
     """Returns the error for a call that did not end with OK."""
-    code = error.code()
-    message = " ".join((error.details() or code.name).split())
+    return from_status(error.code(), error.details() or "")
+
+
+def from_status(code: grpc.StatusCode, details: str) -> ServerError:
+    """Returns the error for a status that is not OK."""
+    message = " ".join((details or code.name).split())
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _OVER_A_MESSAGE_LIMIT in message:
         return MessageTooLargeError(message)
     return _ERROR_OF.get(code, InferenceError)(message)

@@ -12,13 +12,14 @@
     job, tally, evaluation, summary              what holds it together
 """
 
+from clients.batch.calls import RemoteModel
 from clients.batch.engine import Engine
 from clients.batch.errors import BatchError, EngineError, InputError, OutputError, VersionError
 from clients.batch.inputs import Input
 from clients.batch.job import BatchJob, PartLimits, Progress, run_batch
 from clients.batch.local import LocalEngine
 from clients.batch.predictor import LocalModel, Predictor
-from clients.batch.remote import GrpcEngine, RemoteModel
+from clients.batch.remote import GrpcEngine
 from clients.batch.rows import Item, Row
 from clients.batch.shards import Shard
 from clients.batch.summary import BatchSummary

@@ -4,21 +4,17 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from clients.aio import AsyncClient
+from clients.batch.calls import RemoteModel, Sendable, ServerCalls, sendable
 from clients.batch.errors import EngineError
 from clients.batch.inputs import Source
 from clients.batch.rows import Item, Row
 from clients.batch.window import AdaptiveWindow
 from clients.client import Client
-from clients.connection import ConnectionOptions, RetryPolicy
+from clients.connection import Connection, ConnectionOptions, RetryPolicy
 from clients.errors import (
     DeadlineExceededError,
     ImageError,
@@ -28,39 +24,53 @@ from clients.errors import (
     ServerError,
     UnavailableError,
 )
-from clients.images import ImageLike
-from clients.results import Classification, ModelStatus
-
-Pixels = NDArray[np.uint8]
+from clients.results import ModelStatus
 
 # What says nothing about the image: the same request may well be answered later.
 _REFUSALS = (OverloadedError, UnavailableError, DeadlineExceededError)
-# What this one image brought upon itself.
-_FAULTS = (ImageError, InvalidRequestError, InferenceError)
+# What an image in the request brought upon itself, and upon the others in it.
+_FAULTS = (InvalidRequestError, InferenceError)
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
+_IMAGES_A_REQUEST = 32
+_REQUEST_BYTES = 4 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class RemoteModel:
-    """Which model to ask where.
+@dataclass(slots=True)
+class _Chunk:
+    """Items that follow each other.
 
     Attributes:
-        address: As `AsyncClient` takes it.
-        model: Its name; may stay empty where the server serves one.
-        version: 0 for the one in service, also when that changes.
-        timeout_s: What one request may take.
-        in_flight: Requests under way, at most.
-        patience_s: For how long the server may answer nothing before the job gives up.
+        rows: One for each, None where there is no answer yet.
+        waiting: Those without, with their places in `rows`.
     """
 
-    address: str | None
-    model: str
-    version: int
-    top_k: int
-    timeout_s: float
-    in_flight: int
-    patience_s: float
+    rows: list[Row | None] = field(default_factory=list)
+    waiting: list[tuple[int, Sendable]] = field(default_factory=list)
+
+    def take(
+        self, asked: Sequence[tuple[int, Sendable]], answers: Sequence[Row | ServerError]
+    ) -> list[ServerError]:
+        """Puts answers in their places; returns refusals, whose items wait again.
+
+        Args:
+            asked: The first ones that waited.
+            answers: One for each.
+        """
+        again: list[tuple[int, Sendable]] = []
+        refusals: list[ServerError] = []
+        for (place, sent), answer in zip(asked, answers, strict=True):
+            if isinstance(answer, _REFUSALS):
+                again.append((place, sent))
+                refusals.append(answer)
+            else:
+                self.rows[place] = _row(sent.key, answer)
+        self.waiting = again + self.waiting[len(asked) :]
+        return refusals
+
+    def finished(self) -> list[Row]:
+        """The rows, when all are there."""
+        return [row for row in self.rows if row is not None]
 
 
 class GrpcEngine:
@@ -83,7 +93,6 @@ class GrpcEngine:
         self._options = replace(options, retry=RetryPolicy(attempts=1))
         self._remote = remote
         self._clock = clock
-        self._window = AdaptiveWindow(remote.in_flight)
         self._answered_s = 0.0
 
     @property
@@ -133,51 +142,72 @@ class GrpcEngine:
 
     async def _answers(self, items: Iterator[Item]) -> AsyncGenerator[list[Row]]:
         self._answered_s = self._clock()
-        pending: deque[asyncio.Task[Row]] = deque()
-        address, timeout_s = self._remote.address, self._remote.timeout_s
-        async with AsyncClient(address, timeout_s=timeout_s, options=self._options) as client:
+        remote = self._remote
+        window = AdaptiveWindow(remote.in_flight)
+        most_pending = max(2, 2 * remote.in_flight // _IMAGES_A_REQUEST)
+        pending: deque[asyncio.Task[list[Row]]] = deque()
+        connection = Connection.to(remote.address, remote.timeout_s, self._options)
+        async with connection.open_aio() as channel:
+            calls = ServerCalls(channel, connection.metadata(), remote)
             try:
-                for item in items:
-                    pending.append(asyncio.create_task(self._row(client, item)))
-                    # So many stay under way while as many are handed over.
-                    if len(pending) == 2 * self._remote.in_flight:
-                        yield [await pending.popleft() for _ in range(self._remote.in_flight)]
+                for chunk in self._chunks(items):
+                    pending.append(asyncio.create_task(self._rows(calls, window, chunk)))
+                    if len(pending) == most_pending:
+                        yield await pending.popleft()
                 while pending:
-                    yield [await pending.popleft()]
+                    yield await pending.popleft()
             finally:
                 for task in pending:
                     task.cancel()
                 await asyncio.gather(*pending, return_exceptions=True)
 
-    async def _row(self, client: AsyncClient, item: Item) -> Row:
-        remote, wait_s = self._remote, _FIRST_WAIT_S
-        image = self._sendable(item.image)
-        while True:
-            ticket, refused = await self._window.enter(), False
-            try:
-                answer = await client.classify(
-                    image, model=remote.model, version=remote.version, top_k=remote.top_k
-                )
-            except _REFUSALS as error:
-                refused, refusal = True, error
-            except _FAULTS as error:
-                self._answered_s = self._clock()
-                return Row(item.key, error=str(error))
-            else:
-                self._answered_s = self._clock()
-                return _row(item.key, answer)
-            finally:
-                self._window.leave(ticket, refused=refused)
-            self._check_patience(refusal)
-            await asyncio.sleep(random.uniform(0, wait_s))
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-
-    def _sendable(self, image: str | bytes | Pixels) -> ImageLike:
-        """Pixels of another size than the model's go as a picture, which the server resizes."""
+    def _chunks(self, items: Iterator[Item]) -> Iterator[_Chunk]:
+        """Reads the items, so many in a chunk that a request with all of them is not large."""
         size_px = (self._model.height_px, self._model.width_px)
-        if isinstance(image, np.ndarray) and image.shape[:2] != size_px:
-            return Image.fromarray(image)
-        return image
+        chunk, chunk_bytes = _Chunk(), 0
+        for item in items:
+            try:
+                image = sendable(item, size_px)
+            except ImageError as error:
+                chunk.rows.append(Row(item.key, error=str(error)))
+            else:
+                chunk.waiting.append((len(chunk.rows), image))
+                chunk.rows.append(None)
+                chunk_bytes += image.image.ByteSize()
+            if len(chunk.rows) == _IMAGES_A_REQUEST or chunk_bytes >= _REQUEST_BYTES:
+                yield chunk
+                chunk, chunk_bytes = _Chunk(), 0
+        if chunk.rows:
+            yield chunk
+
+    async def _rows(self, calls: ServerCalls, window: AdaptiveWindow, chunk: _Chunk) -> list[Row]:
+        wait_s = _FIRST_WAIT_S
+        while chunk.waiting:
+            asked = chunk.waiting[: window.size]
+            ticket = await window.enter(len(asked))
+            answers = await self._ask(calls, [image for _, image in asked])
+            refusals = chunk.take(asked, answers)
+            await window.leave(ticket, len(asked), refused=bool(refusals))
+            if len(refusals) < len(asked):
+                self._answered_s, wait_s = self._clock(), _FIRST_WAIT_S
+            if refusals:
+                self._check_patience(refusals[-1])
+                await asyncio.sleep(random.uniform(0, wait_s))
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+        return chunk.finished()
+
+    async def _ask(
+        self, calls: ServerCalls, images: Sequence[Sendable]
+    ) -> Sequence[Row | ServerError]:
+        """Asks about images; one at a time where they cannot be answered together."""
+        try:
+            return await calls.classify(images)
+        except _REFUSALS as error:
+            return [error] * len(images)
+        except _FAULTS as error:
+            if len(images) == 1:
+                return [error]
+            return [answer for image in images for answer in await self._ask(calls, [image])]
 
     def _check_patience(self, refusal: ServerError) -> None:
         silence_s = self._clock() - self._answered_s
@@ -191,12 +221,14 @@ async def _next(answers: AsyncGenerator[list[Row]]) -> list[Row]:
     return await anext(answers, [])
 
 
-def _row(key: str, answer: Classification) -> Row:
-    return Row(
-        key,
-        tuple(score.label for score in answer.classes),
-        tuple(score.index for score in answer.classes),
-        tuple(score.probability for score in answer.classes),
-        answer.model,
-        answer.version,
-    )
+def _row(key: str, answer: Row | ServerError) -> Row:
+    """An answer as a row.
+
+    Raises:
+        ServerError: It is about the job, not about the image.
+    """
+    if isinstance(answer, Row):
+        return answer
+    if isinstance(answer, _FAULTS):
+        return Row(key, error=str(answer))
+    raise answer

@@ -12,13 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
+from clients.batch.calls import RemoteModel
 from clients.batch.engine import Engine
-from clients.batch.errors import InputError
+from clients.batch.extras import needs_extra
 from clients.batch.inputs import Input
 from clients.batch.job import BatchJob, PartLimits, Progress, run_batch
 from clients.batch.local import LocalEngine
 from clients.batch.predictor import LocalModel, Predictor
-from clients.batch.remote import GrpcEngine, RemoteModel
+from clients.batch.remote import GrpcEngine
 from clients.batch.shards import Shard
 from clients.batch.summary import BatchSummary
 from clients.cli.options import Model, TopK, complain
@@ -143,7 +144,9 @@ def batch(
         case EngineName.LOCAL:
             chosen = LocalEngine(Predictor(local, top_k), batch_size, decoders)
         case EngineName.RAY:
-            raise InputError("--engine ray")
+            with needs_extra("ray", "the ray engine"):
+                from clients.batch.cluster import Cluster, RayEngine
+            chosen = RayEngine(Cluster(address or "auto"), local, top_k, batch_size)
     with _progress_bar() as show:
         summary = run_batch(job, chosen, show)
     _show_summary(job.table, summary)

@@ -4,10 +4,12 @@ import asyncio
 import socket
 import threading
 import time
+import urllib.request
 
 import grpc
 import numpy as np
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from clients.batch import (
     BatchJob,
@@ -61,6 +63,25 @@ def test_server_and_local_engine_write_the_same(repository, server, images, tmp_
     assert local[-1]["path"].endswith("png")
     assert sum(row["error"] is not None for row in local) == 1
     assert_same_rows(local, through_server)
+
+
+def test_many_images_go_in_a_request(server, images, tmp_path):
+    def requests_by_method() -> dict[str, float]:
+        with urllib.request.urlopen(f"{server.http}/metrics") as reply:
+            families = text_string_to_metric_families(reply.read().decode())
+            return {
+                sample.labels["method"]: sample.value
+                for family in families
+                for sample in family.samples
+                if sample.name == "convoy_request_duration_seconds_count"
+                and sample.labels["code"] == "OK"
+            }
+
+    before = requests_by_method()
+    run_batch(job(images, tmp_path / "out.csv"), remote(server.address))
+    after = requests_by_method()
+    assert after["ClassifyBatch"] - before.get("ClassifyBatch", 0) == -(-301 // 32)
+    assert after.get("Classify", 0) == before.get("Classify", 0)
 
 
 def test_a_full_queue_slows_the_job_down_and_loses_nothing(repository, images, tmp_path):
@@ -168,41 +189,47 @@ def test_refusals_shrink_the_window(images, tmp_path):
 
 async def test_the_window_grows_by_answers_and_halves_once_a_round():
     window = AdaptiveWindow(largest=16, initial=2)
-    tickets = [await window.enter() for _ in range(2)]
-    blocked = asyncio.ensure_future(window.enter())
+
+    async def answered(images: int) -> None:
+        await window.leave(await window.enter(images), images, refused=False)
+
+    ticket = await window.enter(2)
+    blocked = asyncio.ensure_future(window.enter(1))
     await asyncio.sleep(0)
     assert not blocked.done()
-    for ticket in tickets:
-        window.leave(ticket, refused=False)
+    await window.leave(ticket, 2, refused=False)
     assert window.size == 4
-    window.leave(await blocked, refused=False)
-    for _ in range(20):
-        window.leave(await window.enter(), refused=False)
+    await window.leave(await blocked, 1, refused=False)
+    assert window.size == 5
+    for _ in range(5):
+        await answered(4)
     assert window.size == 16
-    tickets = [await window.enter() for _ in range(16)]
+    tickets = [await window.enter(4) for _ in range(4)]
     for ticket in tickets:
-        window.leave(ticket, refused=True)
+        await window.leave(ticket, 4, refused=True)
     assert window.size == 8
-    for _ in range(8):
-        window.leave(await window.enter(), refused=False)
-    assert window.size == 8
-    window.leave(await window.enter(), refused=False)
-    window.leave(await window.enter(), refused=False)
+    await answered(8)
     assert window.size == 9
+    await answered(4)
+    await answered(4)
+    assert window.size == 9
+    await answered(4)
+    assert window.size == 10
     for _ in range(10):
-        window.leave(await window.enter(), refused=True)
+        await window.leave(await window.enter(1), 1, refused=True)
     assert window.size == 1
 
 
-async def test_a_waiter_that_is_cancelled_takes_no_place():
-    window = AdaptiveWindow(largest=1)
-    ticket = await window.enter()
-    first, second = (asyncio.ensure_future(window.enter()) for _ in range(2))
+async def test_a_request_larger_than_a_shrunk_window_goes_alone():
+    window = AdaptiveWindow(largest=8, initial=8)
+    ticket = await window.enter(4)
+    waiter = asyncio.ensure_future(window.enter(8))
+    cancelled = asyncio.ensure_future(window.enter(8))
     await asyncio.sleep(0)
-    first.cancel()
-    await asyncio.sleep(0)
-    window.leave(ticket, refused=False)
-    assert await asyncio.wait_for(second, 10) == 0
+    cancelled.cancel()
+    await window.leave(ticket, 4, refused=True)
+    assert window.size == 4
+    assert await asyncio.wait_for(waiter, 10) == 1
 
 
 def test_pixels_of_another_size_reach_the_server_as_a_picture(server, repository, tmp_path):
