@@ -20,7 +20,10 @@ from server.batcher import BatchingLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.errors import ManifestError
-from server.http import HttpServer
+from server.http.calls import HttpBoundary
+from server.http.face import HttpFace
+from server.http.listener import HttpListener
+from server.http.rest import RestFace
 from server.images import refuse_decompression_bombs
 from server.lifecycle import stop_signal
 from server.listener import GrpcListener, Transport
@@ -125,30 +128,6 @@ class App:
 
     async def _listen(self, max_message_bytes: int) -> None:
         settings = self._settings
-        transport = Transport(settings.transport)
-        listener = GrpcListener(settings.host, settings.port, max_message_bytes, transport)
-        self.port = listener.port
-        http = HttpServer(
-            settings.host,
-            settings.http_port,
-            self._metrics.registry,
-            lambda: self._catalogue.ready,
-        )
-        self._cleanup.callback(http.stop)
-        self.http_port = http.port
-        http.start()
-        self._add_services(listener)
-        await listener.start((*_SERVICES, health.SERVICE_NAME))
-        self._cleanup.push_async_callback(listener.drain, settings.drain_timeout_s)
-        self._cleanup.callback(self._health.close)
-
-    def _add_services(self, listener: GrpcListener) -> None:
-        settings = self._settings
-        boundary = CallBoundary(
-            self._metrics,
-            slo_s=settings.slo_ms / 1000 or float("inf"),
-            tells_clients_apart=settings.max_client_share < 1,
-        )
         decoders = self._cleanup.enter_context(
             ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
         )
@@ -156,12 +135,34 @@ class App:
             decoders, usable_cpus(), settings.max_image_pixels, settings.max_queue_size
         )
         inference = Inference(self._catalogue, decoder)
+        boundary = CallBoundary(
+            self._metrics,
+            slo_s=settings.slo_ms / 1000 or float("inf"),
+            tells_clients_apart=settings.max_client_share < 1,
+        )
+        rest = RestFace(self._catalogue, inference, HttpBoundary(boundary), max_message_bytes)
+        await self._listen_http(rest)
+        transport = Transport(settings.transport)
+        listener = GrpcListener(settings.host, settings.port, max_message_bytes, transport)
+        self.port = listener.port
         classifier = ClassifierServicer(self._catalogue, decoder, boundary)
         oip = InferenceServicer(self._catalogue, inference, boundary)
         listener.server.add_generic_rpc_handlers(
             (handler_of(_CLASSIFIER, classifier), handler_of(_INFERENCE, oip, _AS_BYTES))
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
+        await listener.start((*_SERVICES, health.SERVICE_NAME))
+        self._cleanup.push_async_callback(listener.drain, settings.drain_timeout_s)
+        self._cleanup.callback(self._health.close)
+
+    async def _listen_http(self, rest: RestFace) -> None:
+        settings = self._settings
+        face = HttpFace(rest, self._catalogue, self._metrics.registry, settings.ui)
+        listener = HttpListener(settings.host, settings.http_port, face.application)
+        self.http_port = listener.port
+        await self._cleanup.enter_async_context(face.following())
+        await listener.start()
+        self._cleanup.push_async_callback(listener.stop, settings.drain_timeout_s)
 
     def _tell_ready(self, model: str, ready: bool | None) -> None:
         if ready is None:

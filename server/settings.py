@@ -64,8 +64,11 @@ class ServerSettings(BaseSettings):
     )
     port: Port = Field(8001, description="TCP port for gRPC; 0 picks a free one and logs it.")
     http_port: Port = Field(
-        8002, description="TCP port for /metrics, /healthz and /readyz; 0 picks a free one."
+        8002,
+        description="TCP port for the page, the REST face, /metrics, /healthz and /readyz; 0 picks "
+        "a free one.",
     )
+    ui: bool = Field(True, description="Whether the HTTP port also serves a page to look at.")
     transport: Literal["native", "grpcio"] = Field(
         "native",
         description="What carries gRPC: native runs on the server's own event loop and costs a "

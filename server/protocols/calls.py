@@ -61,14 +61,18 @@ _OUTCOME_OF = {
 }
 
 
-class Context(Protocol):
-    """What servicers need of a call's context, whichever transport carries it."""
+class Caller(Protocol):
+    """What is known of who makes a request."""
 
     def time_remaining(self) -> float | None:
         """Returns the seconds until the deadline; None without one."""
 
     def peer(self) -> str:
         """Returns the caller's address, such as ipv4:127.0.0.1:5000."""
+
+
+class Context(Caller, Protocol):
+    """What servicers need of a call's context, whichever transport carries it."""
 
     async def write(self, message: Any) -> None:
         """Sends a message of a reply that streams."""
@@ -205,10 +209,10 @@ class CallBoundary:
         return GrpcCall(method, context, self._clock, self._arrival(context))
 
     async def attempt(
-        self, method: str, context: Context, answer: Callable[[Call], Awaitable[Reply]]
+        self, method: str, caller: Caller, answer: Callable[[Call], Awaitable[Reply]]
     ) -> Reply | Failure:
-        """Answers one of the requests of a stream, which goes on where this one fails."""
-        call = Call(*self._arrival(context))
+        """Answers a request whose failure is a value: one of a stream, one that is no RPC."""
+        call = Call(*self._arrival(caller))
         code = grpc.StatusCode.OK
         try:
             return await answer(call)
@@ -221,11 +225,11 @@ class CallBoundary:
         finally:
             call.finished(method, code, self._clock())
 
-    def _arrival(self, context: Context) -> Arrival:
+    def _arrival(self, caller: Caller) -> Arrival:
         started_s = self._clock()
-        remaining_s = context.time_remaining()
+        remaining_s = caller.time_remaining()
         budget_s = self._slo_s if remaining_s is None else min(remaining_s, self._slo_s)
-        client = _host(context.peer()) if self._tells_clients_apart else ""
+        client = _host(caller.peer()) if self._tells_clients_apart else ""
         return started_s, started_s + budget_s, self._metrics.unknown_model, client
 
 

@@ -1,13 +1,15 @@
 """One inference of the Open Inference Protocol, for every face of the server that speaks it."""
 
+import asyncio
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from server.catalogue import ModelCatalogue
 from server.decoding import ImageDecoder
-from server.errors import InvalidRequestError
+from server.errors import DeadlineExceededError, InvalidRequestError
 from server.loading import ServedModel
 from server.protocols.options import DEFAULT_OPTIONS, RequestOptions
 from server.protocols.outputs import (
@@ -17,6 +19,7 @@ from server.protocols.outputs import (
     wanted_outputs,
 )
 from server.protocols.tensors import InputTensor, images_of
+from server.requests import Prediction
 
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
@@ -52,10 +55,18 @@ class InferenceQuery:
 
 @dataclass(frozen=True, slots=True)
 class InferenceAnswer:
-    """The answer, with the version that gave it."""
+    """The answer.
+
+    Attributes:
+        model: The version that gave it.
+        prediction: With the times that it took.
+        decode_s: What image files took to become pixels; 0 without any.
+    """
 
     model: ServedModel
     tensors: Sequence[OutputTensor]
+    prediction: Prediction
+    decode_s: float
 
 
 class Inference:
@@ -90,12 +101,20 @@ class Inference:
         wanted = wanted_outputs(query.outputs, model.manifest)
         images = images_of(query.inputs, model.manifest, model.batcher.limits.max_request_images)
         deadline_s = call.within(query.options.timeout_s)
+        decode_s = 0.0
         if isinstance(images, tuple):
+            started_s = time.monotonic()
             steps = model.manifest.preprocessing
             images = await self._decoder.decode(images, steps, deadline_s)
-        prediction = await model.batcher.infer(images, deadline_s, query.options.priority)
+            decode_s = time.monotonic() - started_s
+        try:
+            # gRPC ends a call at its own deadline; a request's timeout is watched here.
+            async with asyncio.timeout(_remaining_s(deadline_s)):
+                prediction = await model.batcher.infer(images, deadline_s, query.options.priority)
+        except TimeoutError:
+            raise DeadlineExceededError("the request's timeout passed while it waited") from None
         tensors = output_tensors(wanted, prediction.outputs, model.manifest.labels)
-        return InferenceAnswer(model, tensors)
+        return InferenceAnswer(model, tensors, prediction, decode_s)
 
 
 def version_number(text: str) -> int:
@@ -107,3 +126,7 @@ def version_number(text: str) -> int:
     if text and not _VERSION.fullmatch(text):
         raise InvalidRequestError(f"version: expected a whole number above 0, got {text!r}")
     return int(text or 0)
+
+
+def _remaining_s(deadline_s: float) -> float | None:
+    return None if deadline_s == float("inf") else deadline_s - time.monotonic()

@@ -34,7 +34,7 @@ class InputTensor:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    data: bytes | memoryview | Sequence[int] | Sequence[bytes]
+    data: bytes | memoryview | Sequence[object]
 
 
 def images_of(
