@@ -1,18 +1,34 @@
 """Training, server and batch bring a file to pixels by three implementations of one text."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
+from clients import ClassScore, Client
 from clients.batch.decoding import Preprocessing as BatchSteps
 from clients.batch.decoding import decode
+from export.formats import ArtefactFormat, Variant
+from export.pipeline import ExportOptions, export
+from export.publishing import ModelFolder
+from export.samples import load_samples
+from export.source import from_checkpoint
 from server.images import decode_image
 from server.manifest import Interpolation
 from server.manifest import Preprocessing as ServerSteps
+from tests.processes import ServerProcess, running_server
+from training import checkpoints, nets
+from training.checkpoints import Architecture, Checkpoint, DataDescription
+from training.data import load_data
+from training.data.folder import list_images
 from training.data.images import Preprocessing as TrainingSteps
 from training.data.images import read_image
+from training.evaluate import evaluate
+from training.inputs import Normalization, to_device
 
 STEPS = [(32, 32, 0), (32, 32, 36), (224, 224, 256), (24, 40, 48)]
 INTERPOLATIONS = {"bilinear": Interpolation.BILINEAR, "bicubic": Interpolation.BICUBIC}
@@ -64,3 +80,105 @@ def test_server_and_batch_see_what_training_saw(tmp_path, steps, interpolation):
         assert served.shape == (*steps[:2], 3)
         for form in (str(path), path.read_bytes()):
             np.testing.assert_array_equal(decode(form, local), trained, err_msg=path.name)
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEMPERATURE = 0.1
+MODELS = {
+    "small": (Architecture("net", {"n_classes": 2}), TrainingSteps()),
+    "large": (
+        Architecture("resnet18", {"n_classes": 2}),
+        TrainingSteps(224, 224, 256, "bicubic"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Odd-sized cuttings of scikit-learn's two photographs, as JPEG files."""
+    root = tmp_path_factory.mktemp("photographs")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 6)):
+        for name, pixels in zip(("china", "flower"), load_sample_images().images, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                height, width = random.integers(120, 420, 2) | 1
+                top, left = (random.integers(0, n) for n in (428 - height, 641 - width))
+                cutting = Image.fromarray(pixels[top : top + height, left : left + width])
+                cutting.save(folder / f"{index}.jpg", quality=int(random.integers(60, 96)))
+    return root
+
+
+def save_checkpoint(name: str, spec: str, path: Path) -> None:
+    """Saves a net whose answers differ from photograph to photograph."""
+    torch.manual_seed(0)
+    architecture, steps = MODELS[name]
+    net = nets.create(architecture.name, **architecture.arguments)
+    pixels = to_device(load_data(spec, steps).train, torch.device("cpu"))[0]
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.5
+    with torch.no_grad():
+        # Batch norms that have seen nothing let the signal of a fresh net die.
+        for _ in range(5):
+            net(Normalization(MEAN, STD).apply(pixels))
+    data = DataDescription(spec, ("china", "flower"), MEAN, STD, steps)
+    checkpoints.save(
+        path, Checkpoint(net.state_dict(), architecture, data, {}, temperature=TEMPERATURE)
+    )
+
+
+def probabilities_in_training(path: Path, spec: str, steps: TrainingSteps) -> np.ndarray:
+    """What training's own evaluation says about the test photographs `[N, 2]`."""
+    checkpoint = checkpoints.load(path)
+    images, labels = to_device(load_data(spec, steps).test, torch.device("cpu"))
+    evaluation = evaluate(checkpoint.build_net(), Normalization(MEAN, STD).apply(images), labels)
+    return torch.softmax(evaluation.logits / TEMPERATURE, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def served(
+    photographs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ServerProcess, Path]]:
+    """A server of both models, and the folder of their checkpoints."""
+    folder = tmp_path_factory.mktemp("served")
+    spec = f"imagefolder:{photographs}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        for name in MODELS:
+            path = folder / f"{name}.pt"
+            save_checkpoint(name, spec, path)
+            source = from_checkpoint(path)
+            samples = load_samples(spec, source.data.classes, source.data.preprocessing)
+            target = ModelFolder(folder / "models", name)
+            export(source, samples, target, ExportOptions([Variant(ArtefactFormat.ONNX)]))
+        with running_server(folder / "models", "--device", "cpu") as server:
+            yield server, folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_served_results_are_those_of_training_on_the_same_photographs(
+    name: str,
+    served: tuple[ServerProcess, Path],
+    photographs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    server, folder = served
+    steps = MODELS[name][1]
+    paths = list_images(photographs / "test").paths
+    with Client(server.address) as client:
+        answers = [client.classify(path, model=name, top_k=2) for path in paths]
+    found = [[score.probability for score in sorted(a.classes, key=by_index)] for a in answers]
+    spec = f"imagefolder:{photographs}"
+    expected = probabilities_in_training(folder / f"{name}.pt", spec, steps)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    stretched = TrainingSteps(steps.height_px, steps.width_px, 2 * steps.height_px)
+    skewed = probabilities_in_training(folder / f"{name}.pt", spec, stretched)
+    assert np.abs(skewed - expected).max() > 0.01, "the net must notice another preprocessing"
+
+
+def by_index(score: ClassScore) -> int:
+    return score.index
