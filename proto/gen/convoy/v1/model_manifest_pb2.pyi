@@ -286,7 +286,7 @@ Global___Artefact: typing_extensions.TypeAlias = Artefact
 @typing.final
 class BatchLatency(google.protobuf.message.Message):
     """Time of one call with tensors in memory, on one thread of the exporter's CPU. Batch sizes are powers
-    of two; measuring ends with the first that takes more than half a second.
+    of two; measuring ends with the first that takes more than a tenth of a second.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
