@@ -27,8 +27,8 @@ from training.data import load_data
 from training.data.folder import list_images
 from training.data.images import Preprocessing as TrainingSteps
 from training.data.images import read_image
-from training.evaluate import evaluate
-from training.inputs import Normalization, to_device
+from training.evaluate import predict
+from training.inputs import Normalization
 
 STEPS = [(32, 32, 0), (32, 32, 36), (224, 224, 256), (24, 40, 48)]
 INTERPOLATIONS = {"bilinear": Interpolation.BILINEAR, "bicubic": Interpolation.BICUBIC}
@@ -115,7 +115,7 @@ def save_checkpoint(name: str, spec: str, path: Path) -> None:
     torch.manual_seed(0)
     architecture, steps = MODELS[name]
     net = nets.create(architecture.name, **architecture.arguments)
-    pixels = to_device(load_data(spec, steps).train, torch.device("cpu"))[0]
+    pixels = torch.from_numpy(load_data(spec, steps).train.images)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.5
@@ -132,9 +132,9 @@ def save_checkpoint(name: str, spec: str, path: Path) -> None:
 def probabilities_in_training(path: Path, spec: str, steps: TrainingSteps) -> np.ndarray:
     """What training's own evaluation says about the test photographs `[N, 2]`."""
     checkpoint = checkpoints.load(path)
-    images, labels = to_device(load_data(spec, steps).test, torch.device("cpu"))
-    evaluation = evaluate(checkpoint.build_net(), Normalization(MEAN, STD).apply(images), labels)
-    return torch.softmax(evaluation.logits / TEMPERATURE, 1).numpy()
+    images = torch.from_numpy(load_data(spec, steps).test.images)
+    logits = predict(checkpoint.build_net(), [Normalization(MEAN, STD).apply(images)])
+    return torch.softmax(logits / TEMPERATURE, 1).numpy()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,147 @@
+"""Times the artefacts of a net beside what else could run it, in alternating rounds.
+
+    uv pip install openvino       # for comparison only; no part of Convoy needs it
+    python -m benchmarks.export_speed [--threads 2] [--rounds 7] [NET …]
+
+Every candidate maps the same uint8 images to logits and probabilities, on as many threads. Weights
+are random, which no runtime's speed depends on. Each round times every candidate once, after a call
+that is not timed, so a ratio compares moments that lie close together.
+"""
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import openvino
+import torch
+
+from export import int8, onnx_format, torchscript
+from export.servable import Servable
+from training import nets
+
+Call = Callable[[], object]
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+IMAGE_SIZES_PX = {"net": 32, "net_res_deep": 32, "airbench": 32, "resnet18": 224}
+BATCH_SIZES = (1, 32)
+BASE = "onnx"
+# A candidate is called so long in each round, and at least once.
+TIMED_S = 0.15
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("nets", nargs="*", default=list(IMAGE_SIZES_PX))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{arguments.threads} threads, {arguments.rounds} rounds")
+    print("milliseconds of a call; times as fast as onnx in the same round: median (least to most)")
+    for name in arguments.nets:
+        with tempfile.TemporaryDirectory() as folder:
+            for batch_size, calls in candidates(name, Path(folder), arguments.threads):
+                show(f"{name} batch {batch_size}", measure(calls, arguments.rounds))
+
+
+def candidates(name: str, folder: Path, threads: int) -> Iterator[tuple[int, dict[str, Call]]]:
+    """Yields for each batch size a call of every candidate, compiled and warm."""
+    size_px = IMAGE_SIZES_PX[name]
+    torch.manual_seed(0)
+    servable = Servable(nets.create(name).eval(), MEAN, STD, 1.0).eval()
+    images = np.random.default_rng(0).integers(0, 256, (64, size_px, size_px, 3), np.uint8)
+    example = torch.from_numpy(images[:2])
+    onnx_format.write(servable, example, folder / "model.onnx", {})
+    int8.quantize(folder / "model.onnx", folder / "model.int8.onnx", images)
+    torchscript.write(servable, example, folder / "model.torchscript", {}, script=False)
+    frozen = torchscript.load(folder / "model.torchscript")
+    sessions = {
+        "onnx": session(folder / "model.onnx", threads),
+        "onnx int8": session(folder / "model.int8.onnx", threads),
+    }
+    channels_last = copy.deepcopy(servable).to(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    compiled = torch.compile(servable, dynamic=False)
+    for batch_size in BATCH_SIZES:
+        batch = images[:batch_size]
+        tensor = torch.from_numpy(batch)
+        run_openvino = compile_openvino(folder / "model.onnx", batch, threads)
+        calls: dict[str, Call] = {
+            label: lambda s=found, b=batch: s.run(None, {"image": b})
+            for label, found in sessions.items()
+        }
+        calls |= {
+            "eager": lambda t=tensor: without_gradients(servable, t),
+            "channels last": lambda t=tensor: without_gradients(channels_last, t),
+            "torchscript": lambda b=batch: frozen(b),
+            "torch.compile": lambda t=tensor: without_gradients(compiled, t),
+            "openvino": lambda r=run_openvino, b=batch: r([b]),
+        }
+        yield batch_size, calls
+
+
+def session(path: Path, threads: int) -> ort.InferenceSession:
+    """Opens a graph with the options of the server's backend."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def compile_openvino(path: Path, batch: np.ndarray, threads: int) -> Call:
+    """Compiles the graph for one shape, which OpenVINO runs fastest."""
+    model = openvino.Core().read_model(path)
+    model.reshape(list(batch.shape))
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+    return openvino.Core().compile_model(model, "CPU", settings)
+
+
+def without_gradients(module: Callable[[torch.Tensor], object], images: torch.Tensor) -> object:
+    with torch.inference_mode():
+        return module(images)
+
+
+def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Returns seconds of one call by candidate and round."""
+    for call in calls.values():
+        call()
+    times_s: dict[str, list[float]] = {label: [] for label in calls}
+    for _ in range(rounds):
+        for label, call in calls.items():
+            call()
+            times_s[label].append(time_call(call))
+    return times_s
+
+
+def time_call(call: Call) -> float:
+    count, started_s = 0, time.perf_counter()
+    while True:
+        call()
+        count += 1
+        elapsed_s = time.perf_counter() - started_s
+        if elapsed_s >= TIMED_S:
+            return elapsed_s / count
+
+
+def show(title: str, times_s: dict[str, list[float]]) -> None:
+    print(f"\n{title}")
+    for label, taken_s in times_s.items():
+        ratios = [base / taken for base, taken in zip(times_s[BASE], taken_s, strict=True)]
+        print(f"  {label:14}{spread([1e3 * s for s in taken_s]):36}{spread(ratios)}", flush=True)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):9.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore", FutureWarning)
+    main()
