@@ -23,15 +23,24 @@ def write(
     Raises:
         UnsupportedNetError: torch.export cannot express the net, or not with a free batch axis.
     """
+    program = trace(servable, example)
+    torch.export.save(program, path, extra_files={DESCRIPTION_FILE: json.dumps(description)})
+
+
+def trace(servable: Servable, example: Tensor) -> torch.export.ExportedProgram:
+    """Returns the graph of a servable with a free batch axis.
+
+    Raises:
+        UnsupportedNetError: torch.export cannot express the net, or not with a free batch axis.
+    """
     dynamic_shapes = {INPUT_NAME: {0: torch.export.Dim("batch")}}
     try:
-        program = torch.export.export(servable, (example,), dynamic_shapes=dynamic_shapes)
+        return torch.export.export(servable, (example,), dynamic_shapes=dynamic_shapes)
     # The tracer lets through whatever the net's own code raised.
     except Exception as error:
         raise UnsupportedNetError(
             f"torch.export cannot express the net: {one_line(error)}"
         ) from error
-    torch.export.save(program, path, extra_files={DESCRIPTION_FILE: json.dumps(description)})
 
 
 def load(path: Path) -> Run:

@@ -13,6 +13,7 @@ class ArtefactFormat(Enum):
     ONNX = "onnx"
     TORCHSCRIPT = "torchscript"
     EXPORTED_PROGRAM = "exported-program"
+    AOT_INDUCTOR = "aot-inductor"
 
 
 class Precision(Enum):
@@ -24,11 +25,13 @@ class Precision(Enum):
     INT8 = "int8"
 
 
+_TORCH_FORMATS = frozenset({ArtefactFormat.TORCHSCRIPT, ArtefactFormat.EXPORTED_PROGRAM})
+
 SUPPORTED_FORMATS = {
     Precision.FP32: frozenset(ArtefactFormat),
-    Precision.FP16: frozenset(ArtefactFormat),
+    Precision.FP16: _TORCH_FORMATS | {ArtefactFormat.ONNX},
     # ONNX Runtime has no bfloat16 convolution on a CPU, so it could not be proved here.
-    Precision.BF16: frozenset({ArtefactFormat.TORCHSCRIPT, ArtefactFormat.EXPORTED_PROGRAM}),
+    Precision.BF16: _TORCH_FORMATS,
     Precision.INT8: frozenset({ArtefactFormat.ONNX}),
 }
 """Which formats each precision is written in."""
@@ -37,6 +40,7 @@ WIRE_FORMATS = {
     ArtefactFormat.ONNX: pb.ARTEFACT_FORMAT_ONNX,
     ArtefactFormat.TORCHSCRIPT: pb.ARTEFACT_FORMAT_TORCHSCRIPT,
     ArtefactFormat.EXPORTED_PROGRAM: pb.ARTEFACT_FORMAT_EXPORTED_PROGRAM,
+    ArtefactFormat.AOT_INDUCTOR: pb.ARTEFACT_FORMAT_AOT_INDUCTOR,
 }
 """The manifest's name of each format."""
 
@@ -52,6 +56,7 @@ _SUFFIXES = {
     ArtefactFormat.ONNX: "onnx",
     ArtefactFormat.TORCHSCRIPT: "torchscript",
     ArtefactFormat.EXPORTED_PROGRAM: "pt2",
+    ArtefactFormat.AOT_INDUCTOR: "aoti.pt2",
 }
 
 

@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from convoy.v1 import model_manifest_pb2 as pb
 from export import (
+    aot_inductor,
     exported_program,
     golden,
     int8,
@@ -69,6 +70,7 @@ LOADERS: dict[ArtefactFormat, Callable[[Path], Run]] = {
     ArtefactFormat.ONNX: onnx_format.load,
     ArtefactFormat.TORCHSCRIPT: torchscript.load,
     ArtefactFormat.EXPORTED_PROGRAM: exported_program.load,
+    ArtefactFormat.AOT_INDUCTOR: aot_inductor.load,
 }
 """How each format is run here."""
 
@@ -153,3 +155,5 @@ class _Workbench:
                 torchscript.write(servable, example, path, description, options.script)
             case ArtefactFormat.EXPORTED_PROGRAM:
                 exported_program.write(servable, example, path, description)
+            case ArtefactFormat.AOT_INDUCTOR:
+                aot_inductor.write(servable, example, path, description)

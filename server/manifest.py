@@ -36,12 +36,14 @@ class ArtefactFormat(Enum):
     ONNX = "onnx"
     TORCHSCRIPT = "torchscript"
     EXPORTED_PROGRAM = "exported-program"
+    AOT_INDUCTOR = "aot-inductor"
 
 
 _FORMATS = {
     pb.ARTEFACT_FORMAT_ONNX: ArtefactFormat.ONNX,
     pb.ARTEFACT_FORMAT_TORCHSCRIPT: ArtefactFormat.TORCHSCRIPT,
     pb.ARTEFACT_FORMAT_EXPORTED_PROGRAM: ArtefactFormat.EXPORTED_PROGRAM,
+    pb.ARTEFACT_FORMAT_AOT_INDUCTOR: ArtefactFormat.AOT_INDUCTOR,
 }
 _PRECISIONS = {
     pb.PRECISION_UNSPECIFIED: "fp32",

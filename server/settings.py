@@ -80,7 +80,7 @@ class ServerSettings(BaseSettings):
         description="auto, cpu, cuda or cuda:INDEX. auto takes CUDA where there is a device; an "
         "explicit cuda that cannot be used ends the start, it never falls back to the CPU.",
     )
-    backend: Literal["onnx", "torchscript", "exported-program"] = Field(
+    backend: Literal["onnx", "torchscript", "exported-program", "aot-inductor"] = Field(
         "onnx", description="Which artefact runs. On a CPU onnx is the faster; it needs no torch."
     )
     slo_ms: float = Field(

@@ -62,3 +62,7 @@ def load_backend(format_: ArtefactFormat, path: Path, device: Device, threads: i
             from server.backends.exported_program import ExportedProgramBackend
 
             return ExportedProgramBackend(path, device, threads)
+        case ArtefactFormat.AOT_INDUCTOR:
+            from server.backends.aot_inductor import AotInductorBackend
+
+            return AotInductorBackend(path, device, threads)

@@ -17,6 +17,7 @@ from training.data import ImageSet, Preprocessing
 MEAN = (0.48, 0.47, 0.44)
 STD = (0.21, 0.22, 0.23)
 TEMPERATURE = 1.7
+PORTABLE_FORMATS = [form for form in ArtefactFormat if form is not ArtefactFormat.AOT_INDUCTOR]
 
 
 def perturb_batch_norms(net: torch.nn.Module) -> None:
@@ -68,5 +69,5 @@ def published(
 ) -> Published:
     target = ModelFolder(tmp_path_factory.mktemp("models"), "digits")
     return export(
-        source, samples, target, ExportOptions([Variant(form) for form in ArtefactFormat])
+        source, samples, target, ExportOptions([Variant(form) for form in PORTABLE_FORMATS])
     )

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from export import torchscript
-from export.formats import ArtefactFormat, Variant
+from export.formats import Variant
 from export.pipeline import ExportOptions, export
 from export.publishing import ModelFolder
 from export.samples import Samples
 from export.servable import Servable
 from export.source import ModelSource
-from tests.export.conftest import perturb_batch_norms
+from tests.export.conftest import PORTABLE_FORMATS, perturb_batch_norms
 from training import nets
 
 NETS = ["net", "net_res_deep", "airbench", "resnet18", "mobilenet_v3_small", "convnext_tiny"]
@@ -36,9 +36,9 @@ def few(samples: Samples) -> Samples:
 def test_every_format_passes_its_proof(
     name: str, source: ModelSource, few: Samples, tmp_path: Path
 ) -> None:
-    options = ExportOptions([Variant(form) for form in ArtefactFormat])
+    options = ExportOptions([Variant(form) for form in PORTABLE_FORMATS])
     published = export(make_source(name, source), few, ModelFolder(tmp_path, name), options)
-    assert {variant.format for variant in published.parities} == set(ArtefactFormat)
+    assert {variant.format for variant in published.parities} == set(PORTABLE_FORMATS)
     assert all(parity.argmax_agreement == 1 for parity in published.parities.values())
     assert published.manifest.provenance.architecture == name
 

@@ -15,7 +15,7 @@ from export.publishing import ModelFolder
 from export.samples import Samples, load_samples
 from export.source import ModelSource
 from export.versions import golden_expectation, read_version, verify
-from tests.export.conftest import MEAN, STD
+from tests.export.conftest import MEAN, PORTABLE_FORMATS, STD
 from training import nets
 from training.data import load_data
 
@@ -52,7 +52,7 @@ def trained(source: ModelSource) -> ModelSource:
 def variants(
     trained: ModelSource, samples: Samples, tmp_path_factory: pytest.TempPathFactory
 ) -> Published:
-    options = ExportOptions(choose_variants(list(ArtefactFormat), list(Precision)))
+    options = ExportOptions(choose_variants(PORTABLE_FORMATS, list(Precision)))
     return export(
         trained, samples, ModelFolder(tmp_path_factory.mktemp("models"), "digits"), options
     )

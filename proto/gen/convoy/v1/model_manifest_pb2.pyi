@@ -51,6 +51,8 @@ class _ArtefactFormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper.
     ARTEFACT_FORMAT_TORCHSCRIPT: _ArtefactFormat.ValueType  # 2
     ARTEFACT_FORMAT_EXPORTED_PROGRAM: _ArtefactFormat.ValueType  # 3
     """torch.export's archive, .pt2."""
+    ARTEFACT_FORMAT_AOT_INDUCTOR: _ArtefactFormat.ValueType  # 4
+    """AOTInductor's package of native code, for processors like the exporter's."""
 
 class ArtefactFormat(_ArtefactFormat, metaclass=_ArtefactFormatEnumTypeWrapper): ...
 
@@ -59,6 +61,8 @@ ARTEFACT_FORMAT_ONNX: ArtefactFormat.ValueType  # 1
 ARTEFACT_FORMAT_TORCHSCRIPT: ArtefactFormat.ValueType  # 2
 ARTEFACT_FORMAT_EXPORTED_PROGRAM: ArtefactFormat.ValueType  # 3
 """torch.export's archive, .pt2."""
+ARTEFACT_FORMAT_AOT_INDUCTOR: ArtefactFormat.ValueType  # 4
+"""AOTInductor's package of native code, for processors like the exporter's."""
 Global___ArtefactFormat: typing_extensions.TypeAlias = ArtefactFormat
 
 class _Precision:
