@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 
 import grpc
 import pytest
@@ -26,14 +27,16 @@ class ScriptedServer(classifier_pb2_grpc.ClassifierServiceServicer):
     handler: Handler
     address: str = ""
     metadata: list[dict[str, str]] = field(default_factory=list)
+    _guard: Lock = field(default_factory=Lock)
 
     @property
     def calls(self) -> int:
         return len(self.metadata)
 
     def Classify(self, request, context):
-        earlier = self.calls
-        self.metadata.append(dict(context.invocation_metadata()))
+        with self._guard:
+            earlier = self.calls
+            self.metadata.append(dict(context.invocation_metadata()))
         return self.handler(request, context, earlier)
 
     def ListModels(self, request, context):

@@ -79,7 +79,6 @@ def test_mistakes_are_one_line(server, digits, tmp_path):
     )
     assert_one_line(client(server, "classify"), "images")
     assert_one_line(client(server, "dance"), "dance")
-    assert_one_line(client(server, "bench", image, "--concurrency", "0"), "concurrency")
     assert_one_line(client(server, "batch", tmp_path, "--out", tmp_path / "o.csv"), "no image")
     assert_one_line(client(server, "batch", tmp_path / "x", "--out", "o.csv"), "No such file")
 
@@ -101,13 +100,3 @@ def test_models(server):
     assert result.returncode == 0
     for word in ("digits", "32 x 32", "onnx", "cpu"):
         assert word in result.stdout
-
-
-def test_bench_measures(server, digits):
-    flags = ("--duration-s", "0.5", "--concurrency", "4", "--json")
-    result = client(server, "bench", next(iter(digits)), *flags)
-    report = json.loads(result.stdout)
-    assert report["errors"] == {}
-    assert report["completed"] > 4
-    assert report["throughput_per_s"] == pytest.approx(report["completed"] / report["duration_s"])
-    assert 0 < report["latency_s"]["50.0"] <= report["latency_s"]["99.0"] < 10
