@@ -8,9 +8,10 @@ from typing import TypeVar
 
 import grpc
 
+from clients.backlog import Backlog
 from clients.connection import DEFAULT_TIMEOUT_S, Connection, ConnectionOptions
 from clients.errors import ClientError, from_rpc_error
-from clients.images import ImageLike, check_in_flight, classify_request
+from clients.images import ImageLike, check_in_flight, classify_request, classify_requests
 from clients.lifetime import Lifetime
 from clients.results import (
     Classification,
@@ -20,6 +21,7 @@ from clients.results import (
     classification,
     model_status,
 )
+from clients.streams import classify_stream_aio
 from clients.tensors import Array, infer_request, inference
 from convoy.oip.v2 import inference_pb2, inference_pb2_grpc
 from convoy.v1 import classifier_pb2 as pb
@@ -50,6 +52,7 @@ class AsyncClient:
         self._lifetime = Lifetime()
         self._timeout_s = timeout_s
         self._metadata = connection.metadata()
+        self._retry = connection.options.retry
         self._channel = connection.open_aio()
         self._classifier = classifier_pb2_grpc.ClassifierServiceStub(self._channel)
         self._inference = inference_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -85,16 +88,15 @@ class AsyncClient:
         version: int = 0,
         top_k: int = 1,
         in_flight: int = 32,
+        stream: bool = False,
     ) -> AsyncGenerator[Classification | ClientError]:
-        """Classifies pictures and yields an answer for each, in their order.
-
-        A picture that cannot be classified yields its error and stops nobody else. At most
-        `in_flight` requests are under way, and so many pictures held, at a time.
-
-        Raises:
-            UsageError: `in_flight` is below 1.
-        """
+        """Classifies pictures and yields an answer for each, in their order; see `Client`."""
         check_in_flight(in_flight)
+        self._lifetime.check()
+        if stream:
+            backlog = Backlog(in_flight, self._timeout_s, self._retry)
+            requests = classify_requests(images, model, version, top_k)
+            return classify_stream_aio(requests, self._open_stream, backlog)
         return self._classify_many(images, model, version, top_k, in_flight)
 
     async def _classify_many(
@@ -147,6 +149,10 @@ class AsyncClient:
             anything = inference_pb2.ServerReadyRequest()
             ready = (await self._call(self._inference.ServerReady, anything)).ready
         return Health(alive.live, ready)
+
+    def _open_stream(self) -> grpc.aio.StreamStreamCall:
+        self._lifetime.check()
+        return self._classifier.ClassifyStream(metadata=self._metadata)
 
     async def _call(self, method: Callable[..., Awaitable[Reply]], request: object) -> Reply:
         self._lifetime.check()

@@ -1,15 +1,16 @@
 """The client for programs without an event loop."""
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TypeVar
 
 import grpc
 
+from clients.backlog import Backlog
 from clients.connection import DEFAULT_TIMEOUT_S, Connection, ConnectionOptions
 from clients.errors import ClientError, from_rpc_error
-from clients.images import ImageLike, check_in_flight, classify_request
+from clients.images import ImageLike, check_in_flight, classify_request, classify_requests
 from clients.lifetime import Lifetime
 from clients.results import (
     Classification,
@@ -19,6 +20,7 @@ from clients.results import (
     classification,
     model_status,
 )
+from clients.streams import classify_stream
 from clients.tensors import Array, infer_request, inference
 from convoy.oip.v2 import inference_pb2, inference_pb2_grpc
 from convoy.v1 import classifier_pb2 as pb
@@ -55,6 +57,7 @@ class Client:
         self._lifetime = Lifetime()
         self._timeout_s = timeout_s
         self._metadata = connection.metadata()
+        self._retry = connection.options.retry
         self._channel = connection.open()
         self._classifier = classifier_pb2_grpc.ClassifierServiceStub(self._channel)
         self._inference = inference_pb2_grpc.GRPCInferenceServiceStub(self._channel)
@@ -101,16 +104,32 @@ class Client:
         version: int = 0,
         top_k: int = 1,
         in_flight: int = 32,
+        stream: bool = False,
     ) -> Generator[Classification | ClientError]:
         """Classifies pictures and yields an answer for each, in their order.
 
         A picture that cannot be classified yields its error and stops nobody else. At most
         `in_flight` requests are under way, and so many pictures held, at a time.
 
+        Args:
+            images: As `classify` takes them.
+            model: As there.
+            version: As there.
+            top_k: As there.
+            in_flight: At least 1.
+            stream: Sends all over one ClassifyStream call instead of a call for each picture. When
+                it breaks it is opened anew, and what was not answered is sent again, nothing else.
+
         Raises:
             UsageError: `in_flight` is below 1.
+            ServerError: While iterating, if the server will not have a stream.
         """
         check_in_flight(in_flight)
+        self._lifetime.check()
+        if stream:
+            backlog = Backlog(in_flight, self._timeout_s, self._retry)
+            requests = classify_requests(images, model, version, top_k)
+            return classify_stream(requests, self._open_stream, backlog)
         return self._classify_many(images, model, version, top_k, in_flight)
 
     def _classify_many(
@@ -171,6 +190,10 @@ class Client:
             anything = inference_pb2.ServerReadyRequest()
             ready = self._call(self._inference.ServerReady, anything).ready
         return Health(alive.live, ready)
+
+    def _open_stream(self, messages: Iterator[pb.ClassifyStreamRequest]) -> grpc.Call:
+        self._lifetime.check()
+        return self._classifier.ClassifyStream(messages, metadata=self._metadata)
 
     def _call(self, method: Callable[..., Reply], request: object) -> Reply:
         self._lifetime.check()

@@ -1,13 +1,14 @@
 """Pictures in the forms people have them, to the two forms the wire takes."""
 
 import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clients.errors import ImageError, UsageError
+from clients.errors import ClientError, ImageError, UsageError
 from convoy.v1 import classifier_pb2 as pb
 
 # A file's path, a file's bytes, an opened picture, or RGB pixels [H, W, 3] of the model's size.
@@ -31,6 +32,17 @@ def classify_request(image: ImageLike, model: str, version: int, top_k: int) -> 
         case _:
             request.encoded = _read(Path(image))
     return request
+
+
+def classify_requests(
+    images: Iterable[ImageLike], model: str, version: int, top_k: int
+) -> Iterator[pb.ClassifyRequest | ClientError]:
+    """Builds a request for each picture, or says what is wrong with it."""
+    for image in images:
+        try:
+            yield classify_request(image, model, version, top_k)
+        except ClientError as error:
+            yield error
 
 
 def check_in_flight(in_flight: int) -> None:
