@@ -15,8 +15,12 @@ from server.http.tensors import HEADER_LENGTH, InferBody, read_infer_body, write
 from server.loading import ServedModel
 from server.manifest import TensorSpec
 from server.protocols.calls import Call
-from server.protocols.inference import Inference, InferenceAnswer, InferenceQuery
-from server.protocols.oip import EXTENSIONS
+from server.protocols.inference import (
+    INFERENCE_EXTENSIONS,
+    Inference,
+    InferenceAnswer,
+    InferenceQuery,
+)
 from server.protocols.options import read_options
 
 _MS_PER_S = 1000.0
@@ -101,7 +105,11 @@ class RestFace:
 
     async def _server_metadata(self, call: Call, request: Request) -> Response:
         return JSONResponse(
-            {"name": SERVER_NAME, "version": SERVER_VERSION, "extensions": list(EXTENSIONS)}
+            {
+                "name": SERVER_NAME,
+                "version": SERVER_VERSION,
+                "extensions": list(INFERENCE_EXTENSIONS),
+            }
         )
 
     def _find(self, request: Request) -> ServedModel:

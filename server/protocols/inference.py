@@ -21,6 +21,8 @@ from server.protocols.outputs import (
 from server.protocols.tensors import InputTensor, images_of
 from server.requests import Prediction
 
+# Names of the protocol's extensions that work for an inference on every face.
+INFERENCE_EXTENSIONS = ("classification", "schedule_policy", "binary_tensor_data", "parameters")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
 
 

@@ -14,7 +14,7 @@ from server.errors import InvalidRequestError, ModelNotFoundError, UnavailableEr
 from server.manifest import TensorSpec
 from server.protocols.calls import Call, CallBoundary, Context, Failure
 from server.protocols.fast_infer import HeadCache, split
-from server.protocols.inference import Inference, InferenceQuery
+from server.protocols.inference import INFERENCE_EXTENSIONS, Inference, InferenceQuery
 from server.protocols.oip_description import model_config, model_statistics
 from server.protocols.oip_messages import (
     add_outputs,
@@ -26,14 +26,7 @@ from server.protocols.options import read_options
 from server.protocols.streams import answer_as_ready
 
 # Names of the protocol's extensions that work here.
-EXTENSIONS = (
-    "classification",
-    "schedule_policy",
-    "model_configuration",
-    "binary_tensor_data",
-    "parameters",
-    "statistics",
-)
+EXTENSIONS = (*INFERENCE_EXTENSIONS, "model_configuration", "statistics")
 # Asks for an empty last reply where a model gives several; here every reply is the last.
 _STREAM_PARAMETERS = frozenset({"triton_enable_empty_final_response"})
 _FINAL = "triton_final_response"
