@@ -43,6 +43,7 @@ from server.repository import ModelFolder, ModelRepository
 from server.rollout import Rollout
 from server.settings import ServerSettings
 from server.signing import read_public_key
+from server.warmup import settle_memory
 
 logger = structlog.get_logger()
 
@@ -103,6 +104,7 @@ class App:
         self._cleanup.push_async_callback(manager.close)
         await self._listen(_max_message_bytes(settings, repository.models()))
         await manager.start()
+        settle_memory()
         self._set_ready()
         if settings.poll_s:
             polling = asyncio.create_task(manager.poll(settings.poll_s))

@@ -115,12 +115,6 @@ class BatchMetrics:
     def request_refused(self, outcome: Outcome) -> None:
         """The protocols count outcomes, once for each call."""
 
-    def ceiling_lowered(self, max_batch_size: int) -> None:
-        """The batcher logs it."""
-
-    def health_changed(self, healthy: bool) -> None:
-        """The batcher logs it."""
-
     def _count_classes(self, outputs: Outputs) -> None:
         best = outputs.probabilities.argmax(axis=1)
         counts = np.bincount(best)

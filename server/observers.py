@@ -24,13 +24,3 @@ class BatchObservers:
         """A request was refused on arrival, given up in the queue, or left by its caller."""
         for observer in self._observers:
             observer.request_refused(outcome)
-
-    def ceiling_lowered(self, max_batch_size: int) -> None:
-        """The device's memory did not suffice for batches above this size."""
-        for observer in self._observers:
-            observer.ceiling_lowered(max_batch_size)
-
-    def health_changed(self, healthy: bool) -> None:
-        """A run on the device hangs, or came back after all."""
-        for observer in self._observers:
-            observer.health_changed(healthy)

@@ -36,7 +36,7 @@ class Rollout:
 
     def admit(self, model: ServedModel) -> None:
         """Starts a version; requests that name it are answered from here on."""
-        model.batcher.start()
+        model.batcher.start(lambda healthy: self._tell_health(model, healthy))
         self._catalogue.add(model)
         self._metrics.models.serves(model.name, model.version, model.runs_on)
 
@@ -69,6 +69,11 @@ class Rollout:
         for model in list(self._catalogue):
             self.retire(model)
         await asyncio.gather(*self._retiring)
+
+    def _tell_health(self, model: ServedModel, healthy: bool) -> None:
+        if self._catalogue.default(model.name) is model:
+            self._metrics.models.ready(model.name, healthy)
+            self._tell_ready(model.name, healthy)
 
     async def _end(self, model: ServedModel) -> None:
         model.batcher.stop_delaying()

@@ -71,9 +71,3 @@ class ModelStatistics:
         """A request was refused on arrival, given up in the queue, or left by its caller."""
         if outcome in _FAILURES:
             self.failure.add(0.0)
-
-    def ceiling_lowered(self, max_batch_size: int) -> None:
-        """Is no event that is counted."""
-
-    def health_changed(self, healthy: bool) -> None:
-        """Is no event that is counted."""

@@ -108,6 +108,7 @@ class DynamicBatcher:
         self._running = 0
         self._ended: asyncio.Event
         self._loop: asyncio.AbstractEventLoop
+        self._on_health: Callable[[bool], None]
         self._watchdog: asyncio.TimerHandle | None = None
 
     @property
@@ -131,8 +132,13 @@ class DynamicBatcher:
             batch_latency_s=self._latency.table_s,
         )
 
-    def start(self) -> None:
-        """Starts the instances; call it on the event loop that will call `infer`."""
+    def start(self, on_health: Callable[[bool], None] = lambda healthy: None) -> None:
+        """Starts the instances; call it on the event loop that will call `infer`.
+
+        Args:
+            on_health: Is told when a run on the device hangs, and when it came back after all.
+        """
+        self._on_health = on_health
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._accepting = True
@@ -328,7 +334,6 @@ class DynamicBatcher:
             self._observer.batch_failed(errors[0])
         if result.largest_run is not None:
             logger.warning("device memory did not suffice", max_batch_size=self._max_batch_size)
-            self._observer.ceiling_lowered(self._max_batch_size)
 
     def _answer(
         self,
@@ -386,7 +391,7 @@ class DynamicBatcher:
                 logger.error("a run on the device hangs", limit_s=self._limits.hang_timeout_s)
             else:
                 logger.info("the run on the device came back")
-            self._observer.health_changed(self._healthy)
+            self._on_health(self._healthy)
         if hung:
             self._abandon(hung)
 

@@ -45,9 +45,3 @@ class BatchObserver(Protocol):
 
     def request_refused(self, outcome: Outcome) -> None:
         """A request was refused on arrival, given up in the queue, or left by its caller."""
-
-    def ceiling_lowered(self, max_batch_size: int) -> None:
-        """The device's memory did not suffice; batches hold at most so many images from now on."""
-
-    def health_changed(self, healthy: bool) -> None:
-        """A run on the device hangs, or came back after all."""

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from server.backends.devices import choose_device
+from server.backends.onnx import OnnxBackend
 from server.batcher import BatchingLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.errors import ModelNotFoundError, RepositoryError, UnavailableError
@@ -28,14 +30,14 @@ IMAGE = np.full((1, 4, 6, 3), 51, np.uint8)
 class Live:
     """A model manager with what it acts on."""
 
-    def __init__(self, root, policy: str = "latest:1") -> None:
+    def __init__(self, root, policy: str = "latest:1", hang_timeout_s: float = 60.0) -> None:
         self.root = root
         self.registry = CollectorRegistry()
         self.catalogue = ModelCatalogue()
         self.catalogue.state = ServerState.SERVING
         self.told: list[tuple[str, bool | None]] = []
         metrics = ServerMetrics(self.registry)
-        limits = BatchingLimits(max_batch_size=4, max_queue_size=16)
+        limits = BatchingLimits(4, max_queue_size=16, hang_timeout_s=hang_timeout_s)
         options = LoadOptions(ArtefactFormat.ONNX, choose_device("cpu"), 1, limits)
         self.manager = ModelManager(
             ModelRepository(root),
@@ -341,3 +343,27 @@ async def test_loading_leaves_the_event_loop_alone(live, publish, monkeypatch):
     release.set()
     await refreshing
     assert live.default() == 2
+
+
+async def test_a_run_that_hangs_makes_its_model_not_ready(publish, tmp_path, monkeypatch):
+    hangs, gate = threading.Event(), threading.Event()
+    run = OnnxBackend.run
+
+    def run_or_hang(backend, images):
+        if hangs.is_set():
+            gate.wait()
+        return run(backend, images)
+
+    monkeypatch.setattr(OnnxBackend, "run", run_or_hang)
+    publish()
+    live = Live(tmp_path / "models", hang_timeout_s=0.1)
+    await live.manager.start()
+    model = live.catalogue.find("colours")
+    await model.batcher.infer(IMAGE)
+    hangs.set()
+    with pytest.raises(UnavailableError, match="hangs"):
+        await model.batcher.infer(IMAGE)
+    assert live.told == [("colours", True), ("colours", False)]
+    assert live.value("convoy_model_ready", model="colours") == 0
+    gate.set()
+    await live.manager.close()

@@ -57,7 +57,6 @@ class Observer:
         self.sizes: list[int] = []
         self.reports: list[BatchReport] = []
         self.refusals: list[Outcome] = []
-        self.ceilings: list[int] = []
         self.health: list[bool] = []
         self.recovered = asyncio.Event()
         self.failures = 0
@@ -73,9 +72,6 @@ class Observer:
 
     def request_refused(self, outcome: Outcome) -> None:
         self.refusals.append(outcome)
-
-    def ceiling_lowered(self, max_batch_size: int) -> None:
-        self.ceilings.append(max_batch_size)
 
     def health_changed(self, healthy: bool) -> None:
         self.health.append(healthy)
