@@ -11,6 +11,9 @@ from server.transport.frames import HEADER, PREFACE, STREAM_MASK, Http2Error
 from server.transport.headers import HeaderReader, RequestHead
 from server.transport.limits import TransportLimits
 
+# What a peer gets to close a drained connection itself.
+_LINGER_S = 1.0
+
 OpenCall = Callable[["Connection", int, RequestHead], Call]
 
 
@@ -46,6 +49,7 @@ class Connection(asyncio.Protocol):
         self._calls: set[Call] = set()
         self._last_stream_id = 0
         self._draining = False
+        self._lingering = False
         # Set while a header block is spread over several frames: (stream, flags, its parts).
         self._unfinished: tuple[int, int, bytearray] | None = None
         self._receive_window = limits.connection_window_bytes
@@ -166,8 +170,13 @@ class Connection(asyncio.Protocol):
         self._close_if_done()
 
     def _close_if_done(self) -> None:
-        if self._draining and not self._calls and not self._streams:
-            self._transport.close()
+        if self._lingering or not self._draining or self._calls or self._streams:
+            return
+        # To close at once, with bytes of the peer's unread, would reset the connection and take
+        # from the peer the answers that it has not read yet. A client that was told to go away
+        # closes when it has read them.
+        self._lingering = True
+        asyncio.get_running_loop().call_later(_LINGER_S, self._transport.close)
 
     def _abort(self, fault: Http2Error) -> None:
         self._transport.write(frames.goaway(self._last_stream_id, fault.code, str(fault)))
