@@ -14,7 +14,7 @@ from server.settings import parse_settings
 def main() -> None:
     """Runs the server until it is told to stop.
 
-    Exits 0 after a drain, 2 with one line on stderr when it cannot start, 130 on a second Ctrl-C.
+    Exits 0 after a drain, 2 with one line on stderr when it cannot start; a second signal kills it.
     """
     try:
         settings = parse_settings(sys.argv[1:])

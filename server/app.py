@@ -6,22 +6,30 @@ The one module that knows all others.
 import asyncio
 import contextlib
 import math
+import signal
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import TracebackType
 
+import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2
 from convoy.v1 import classifier_pb2
+from server.access import Access, AccessFiles
 from server.backends.devices import Device, choose_device, usable_cpus
 from server.batcher import BatchingLimits
+from server.canary import CanaryLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
-from server.errors import ManifestError
+from server.device_metrics import watch_devices
+from server.errors import ManifestError, StartupError
 from server.http.calls import HttpBoundary
 from server.http.face import HttpFace
+from server.http.gate import TokenGate
 from server.http.listener import HttpListener
 from server.http.rest import RestFace
 from server.images import refuse_decompression_bombs
@@ -37,6 +45,7 @@ from server.protocols.classifier import ClassifierServicer
 from server.protocols.health import WHOLE_SERVER, HealthServicer
 from server.protocols.inference import Inference
 from server.protocols.oip import InferenceServicer
+from server.protocols.oip_repository import RepositoryServicer
 from server.protocols.registration import handler_of
 from server.refusals import Refusals
 from server.repository import ModelFolder, ModelRepository
@@ -73,11 +82,13 @@ class App:
     def __init__(self, settings: ServerSettings, registry: CollectorRegistry) -> None:
         self._settings = settings
         self._metrics = ServerMetrics(registry)
+        watch_devices(registry)
         self._catalogue = ModelCatalogue()
         self._health = HealthServicer()
         self._cleanup = contextlib.AsyncExitStack()
         self.port = 0
         self.http_port = 0
+        self.admin_port = 0
 
     async def __aenter__(self) -> "App":
         try:
@@ -105,6 +116,7 @@ class App:
         await self._listen(_max_message_bytes(settings, repository.models()))
         await manager.start()
         settle_memory()
+        await self._listen_for_admin(manager)
         self._set_ready()
         if settings.poll_s:
             polling = asyncio.create_task(manager.poll(settings.poll_s))
@@ -113,6 +125,7 @@ class App:
             "serving",
             grpc=f"{settings.host}:{self.port}",
             http=f"{settings.host}:{self.http_port}",
+            **({"admin": f"{settings.host}:{self.admin_port}"} if self.admin_port else {}),
             models=len({model.name for model in self._catalogue}),
             device=str(device),
         )
@@ -126,6 +139,7 @@ class App:
             catalogue=self._catalogue,
             rollout=Rollout(self._catalogue, self._metrics, self._tell_ready),
             refusals=Refusals(self._metrics.models),
+            canary=_canary_limits(settings),
         )
 
     async def _listen(self, max_message_bytes: int) -> None:
@@ -142,29 +156,78 @@ class App:
             slo_s=settings.slo_ms / 1000 or float("inf"),
             tells_clients_apart=settings.max_client_share < 1,
         )
+        access = Access(_access_files(settings))
+        access.warn_if_open(settings.host)
         rest = RestFace(self._catalogue, inference, HttpBoundary(boundary), max_message_bytes)
-        await self._listen_http(rest)
+        await self._listen_http(rest, access)
         transport = Transport(settings.transport)
-        listener = GrpcListener(settings.host, settings.port, max_message_bytes, transport)
+        listener = GrpcListener(
+            settings.host, settings.port, max_message_bytes, access=access, transport=transport
+        )
         self.port = listener.port
         classifier = ClassifierServicer(self._catalogue, decoder, boundary)
         oip = InferenceServicer(self._catalogue, inference, boundary)
-        listener.server.add_generic_rpc_handlers(
-            (handler_of(_CLASSIFIER, classifier), handler_of(_INFERENCE, oip, _AS_BYTES))
+        handlers = (
+            handler_of(_CLASSIFIER, classifier),
+            handler_of(_INFERENCE, oip, _AS_BYTES),
         )
+        listener.server.add_generic_rpc_handlers(self._traced(handlers))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
         await listener.start((*_SERVICES, health.SERVICE_NAME))
         self._cleanup.push_async_callback(listener.drain, settings.drain_timeout_s)
         self._cleanup.callback(self._health.close)
 
-    async def _listen_http(self, rest: RestFace) -> None:
+    async def _listen_http(self, rest: RestFace, access: Access) -> None:
         settings = self._settings
         face = HttpFace(rest, self._catalogue, self._metrics.registry, settings.ui)
-        listener = HttpListener(settings.host, settings.http_port, face.application)
+        listener = HttpListener(
+            settings.host,
+            settings.http_port,
+            TokenGate(face.application, access),
+            access.tls_context(["http/1.1"]),
+        )
         self.http_port = listener.port
         await self._cleanup.enter_async_context(face.following())
         await listener.start()
         self._cleanup.push_async_callback(listener.stop, settings.drain_timeout_s)
+
+    async def _listen_for_admin(self, manager: ModelManager) -> None:
+        settings = self._settings
+        if settings.admin_port is None:
+            return
+        if settings.admin_token_file is None:
+            raise StartupError("--admin-port: expected --admin-token-file beside it")
+        files = replace(
+            _access_files(settings),
+            token=settings.admin_token_file,
+            token_flag="--admin-token-file",
+        )
+        listener = GrpcListener(
+            settings.host,
+            settings.admin_port,
+            _MESSAGE_OVERHEAD_BYTES,
+            access=Access(files),
+            transport=Transport(settings.transport),
+            flag="--admin-port",
+        )
+        self.admin_port = listener.port
+        servicer = RepositoryServicer(manager, CallBoundary(self._metrics))
+        listener.server.add_generic_rpc_handlers((handler_of(_INFERENCE, servicer),))
+        await listener.start((_INFERENCE.full_name,))
+        self._cleanup.push_async_callback(listener.drain, 0)
+
+    def _traced(
+        self, handlers: Sequence[grpc.GenericRpcHandler]
+    ) -> Sequence[grpc.GenericRpcHandler]:
+        if not self._settings.otlp_endpoint:
+            return handlers
+        try:
+            from server.telemetry import Tracing
+        except ImportError as error:
+            raise StartupError("--otlp-endpoint: expected the extra otel installed") from error
+        tracing = Tracing(self._settings.otlp_endpoint)
+        self._cleanup.push_async_callback(asyncio.to_thread, tracing.close)
+        return [tracing.traced(each) for each in handlers]
 
     def _tell_ready(self, model: str, ready: bool | None) -> None:
         if ready is None:
@@ -179,6 +242,12 @@ class App:
         # Registered last, so it runs first: load balancers hear of the end before requests do.
         self._cleanup.callback(self._set_draining)
 
+    async def lame_duck(self) -> None:
+        """Reports NOT_SERVING and answers on for as long as the settings say."""
+        self._catalogue.state = ServerState.LAME_DUCK
+        self._health.drain()
+        await asyncio.sleep(self._settings.lame_duck_seconds)
+
     def _set_draining(self) -> None:
         self._catalogue.state = ServerState.DRAINING
         self._health.drain()
@@ -190,13 +259,46 @@ async def serve(settings: ServerSettings, registry: CollectorRegistry) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once."""
     refuse_decompression_bombs()
     stopped = asyncio.create_task(stop_signal())
+    ready = asyncio.Event()
+    running = asyncio.create_task(_run(App(settings, registry), ready, stopped))
     try:
-        async with App(settings, registry):
-            await stopped
-            logger.info("draining")
-        logger.info("stopped")
+        await asyncio.wait({stopped, running}, return_when=asyncio.FIRST_COMPLETED)
+        if not ready.is_set():
+            # Told to stop while starting: there is nothing to finish.
+            running.cancel()
+        await running
+    except asyncio.CancelledError:
+        logger.info("stopped while starting")
     finally:
         stopped.cancel()
+
+
+async def _run(app: App, ready: asyncio.Event, stopped: asyncio.Task[signal.Signals]) -> None:
+    async with app:
+        ready.set()
+        await stopped
+        logger.info("draining")
+        await app.lame_duck()
+    logger.info("stopped")
+
+
+def _canary_limits(settings: ServerSettings) -> CanaryLimits | None:
+    if not settings.canary_share:
+        return None
+    return CanaryLimits(
+        settings.canary_share,
+        settings.canary_requests,
+        settings.canary_timeout_s,
+        max_error_ratio=settings.canary_max_error_ratio,
+        max_slowdown=settings.canary_max_slowdown,
+        max_disagreement=settings.canary_max_disagreement,
+    )
+
+
+def _access_files(settings: ServerSettings) -> AccessFiles:
+    return AccessFiles(
+        settings.tls_certificate, settings.tls_key, settings.tls_client_ca, settings.token_file
+    )
 
 
 def _max_message_bytes(settings: ServerSettings, folders: list[ModelFolder]) -> int:

@@ -5,6 +5,7 @@
     │   ├── DeviceError           the device asked for is not usable here
     │   └── RepositoryError       the model repository, or one version in it
     │       ├── ManifestError     the manifest is missing, malformed or from another schema
+    │       ├── CanaryError       it did not stand its trial on live requests
     │       ├── GraphError        the graph is not the one described, or reaches outside its file
     │       └── VerificationError a file or an answer differs from what the manifest promises
     │           ├── SignatureError        the required signature is missing or wrong
@@ -62,6 +63,12 @@ class GraphError(RepositoryError):
     """A graph has other inputs or outputs than described, or needs more than its file."""
 
     reason = "graph"
+
+
+class CanaryError(RepositoryError):
+    """A version did not stand its trial on live requests."""
+
+    reason = "canary"
 
 
 class VerificationError(RepositoryError):

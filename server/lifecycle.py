@@ -13,6 +13,8 @@ async def stop_signal() -> signal.Signals:
     def stop(number: signal.Signals) -> None:
         for each in numbers:
             loop.remove_signal_handler(each)
+            # Python's own for Ctrl-C would unwind, and so drain, first.
+            signal.signal(each, signal.SIG_DFL)
         received.set_result(number)
 
     for number in numbers:

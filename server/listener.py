@@ -1,13 +1,16 @@
 """A gRPC listener: its port, its limits, the services on it."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
+from typing import Any
 
 import grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
+from server.access import Access
 from server.errors import StartupError
 from server.transport import GrpcServer, TransportLimits
+from server.transport.methods import UNAUTHENTICATED
 
 
 class Transport(Enum):
@@ -24,6 +27,7 @@ class GrpcListener:
         host: Address to listen on.
         port: 0 picks a free one; `port` then tells which.
         max_message_bytes: Of a request and of a reply.
+        access: Who may call.
         transport: What carries the calls.
         flag: The setting that chose the port, for the message.
 
@@ -40,17 +44,25 @@ class GrpcListener:
         host: str,
         port: int,
         max_message_bytes: int,
+        *,
+        access: Access,
         transport: Transport = Transport.NATIVE,
         flag: str = "--port",
     ) -> None:
         self.server: GrpcServer | grpc.aio.Server
         try:
             if transport is Transport.NATIVE:
-                native = GrpcServer(TransportLimits(max_message_bytes=max_message_bytes))
-                self.server, self.port = native, native.listen(host, port)
+                limits = TransportLimits(max_message_bytes=max_message_bytes)
+                native = GrpcServer(limits, access.allows_rpc)
+                self.server = native
+                self.port = native.listen(host, port, access.tls_context(["h2"]))
             else:
-                self.server = _grpcio_server(max_message_bytes)
-                self.port = int(self.server.add_insecure_port(f"{host}:{port}"))
+                self.server = _grpcio_server(max_message_bytes, access)
+                address = f"{host}:{port}"
+                if credentials := access.grpcio_credentials():
+                    self.port = int(self.server.add_secure_port(address, credentials))
+                else:
+                    self.port = int(self.server.add_insecure_port(address))
         except (OSError, RuntimeError) as error:
             raise StartupError(
                 f"{flag}: cannot listen on {host}:{port}: the port is in use or not permitted"
@@ -69,12 +81,31 @@ class GrpcListener:
         await self.server.stop(timeout_s)
 
 
-def _grpcio_server(max_message_bytes: int) -> grpc.aio.Server:
+def _grpcio_server(max_message_bytes: int, access: Access) -> grpc.aio.Server:
     return grpc.aio.server(
+        interceptors=[_Gate(access)],
         options=[
             # Two servers must not share a port by accident.
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", max_message_bytes),
-        ]
+        ],
     )
+
+
+class _Gate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio is untyped
+    """Refuses calls without a token on grpcio's transport."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[Any], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Lets the call go on, or answers UNAUTHENTICATED."""
+        details = handler_call_details
+        if self._access.allows_rpc(details.method, details.invocation_metadata):
+            return await continuation(details)
+        return grpc.stream_unary_rpc_method_handler(UNAUTHENTICATED.behaviour)

@@ -1,5 +1,6 @@
 """Log lines on stderr: key=value for people, JSON for machines."""
 
+import contextlib
 import logging
 import sys
 
@@ -24,5 +25,17 @@ def configure_logging(level: str, format_: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _StderrLogger(sys.stderr),
     )
+
+
+class _StderrLogger(structlog.PrintLogger):
+    """Goes on where a line cannot be written: a full disk behind stderr must not end requests."""
+
+    def msg(self, message: str) -> None:
+        """Writes a line, or loses it."""
+        with contextlib.suppress(OSError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg

@@ -14,8 +14,15 @@ from pathlib import Path
 
 import structlog
 
+from server.canary import Canaries, CanaryLimits, CanaryTrial, Verdict
 from server.catalogue import ModelCatalogue
-from server.errors import ModelNotFoundError, RepositoryError, StartupError, UnavailableError
+from server.errors import (
+    CanaryError,
+    ModelNotFoundError,
+    RepositoryError,
+    StartupError,
+    UnavailableError,
+)
 from server.loading import ModelLoader, ServedModel
 from server.policy import ServingPlan, VersionPolicy
 from server.refusals import Refusal, Refusals
@@ -68,6 +75,7 @@ class ModelManager:
         catalogue: ModelCatalogue,
         rollout: Rollout,
         refusals: Refusals,
+        canary: CanaryLimits | None = None,
     ) -> None:
         self._repository = repository
         self._policy = policy
@@ -75,6 +83,7 @@ class ModelManager:
         self._catalogue = catalogue
         self._rollout = rollout
         self._refusals = refusals
+        self._canaries = Canaries(canary, self._settle)
         # One version at a time: loading must leave processors to serving.
         self._loader_thread = ThreadPoolExecutor(1, thread_name_prefix="model-loader")
         self._changing = asyncio.Lock()
@@ -160,6 +169,7 @@ class ModelManager:
 
     async def close(self) -> None:
         """Ends every model; accepted requests are answered first."""
+        self._canaries.close()
         self._loader_thread.shutdown(wait=False, cancel_futures=True)
         await self._rollout.close()
 
@@ -190,18 +200,46 @@ class ModelManager:
             fallback = () if stays else plan.fallback
             wanted = current if stays else await self._first_good(folder, fallback, refused)
         if wanted is None:
+            self._canaries.end(folder.name)
             self._keep(folder.name, ())
             return refused
-        if wanted is not current:
-            self._rollout.swap(wanted)
-        keep = [wanted]
+        keep = [*self._decide(current, wanted)]
+        others = 0
         for version in plan.beside(wanted.version):
-            if len(keep) > plan.others:
+            if others == plan.others:
                 break
             if other := await self._first_good(folder, (version,), refused):
                 keep.append(other)
+                others += 1
         self._keep(folder.name, keep)
         return refused
+
+    def _decide(self, current: ServedModel | None, wanted: ServedModel) -> tuple[ServedModel, ...]:
+        """Lets a version take over, at once or after a trial; returns what is needed until then."""
+        if current is wanted:
+            self._canaries.end(wanted.name)
+        elif current and self._canaries.tries(current, wanted):
+            return current, wanted
+        else:
+            self._rollout.swap(wanted)
+        return (wanted,)
+
+    async def _settle(self, trial: CanaryTrial, verdict: Verdict) -> None:
+        async with self._changing:
+            new = trial.new
+            served = self._catalogue.get(new.name, new.version)
+            if served is not new or self._catalogue.default(new.name) is not trial.old:
+                return
+            if verdict is Verdict.GOOD:
+                self._rollout.swap(new)
+            else:
+                folder = self._repository.version_folder(new.name, new.version)
+                error = CanaryError(f"the canary showed {verdict.value}")
+                files = await asyncio.to_thread(fingerprint, folder)
+                self._refusals.add(Refusal(folder, error, files))
+                self._rollout.roll_back(trial.old, new, verdict.value)
+        # What else the plan has, such as the end of the old version.
+        await self.refresh()
 
     async def _first_good(
         self, folder: ModelFolder, versions: Iterable[int], refused: list[Refusal]

@@ -97,6 +97,10 @@ class ModelRepository:
     def __init__(self, root: Path) -> None:
         self._root = root
 
+    def version_folder(self, model: str, version: int) -> Path:
+        """Returns where a version lies."""
+        return self._root / model / str(version)
+
     def models(self) -> list[ModelFolder]:
         """Returns the models that have a version, sorted by name.
 

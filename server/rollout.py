@@ -60,6 +60,18 @@ class Rollout:
         self._retiring[task] = model
         task.add_done_callback(self._retiring.pop)
 
+    def roll_back(self, old: ServedModel, new: ServedModel, reason: str) -> None:
+        """Takes a version back that did not stand its trial."""
+        self._metrics.models.rolled_back(new.name, reason)
+        logger.error(
+            "version rolled back",
+            model=new.name,
+            version=new.version,
+            serving=old.version,
+            reason=reason,
+        )
+        self.retire(new)
+
     def is_retiring(self, name: str, version: int) -> bool:
         """True while a version that was taken out still answers what it had accepted."""
         return any((m.name, m.version) == (name, version) for m in self._retiring.values())

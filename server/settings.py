@@ -59,10 +59,57 @@ class ServerSettings(BaseSettings):
         description="Seconds between looks into the repository for new versions; 0 looks only at "
         "the start.",
     )
+    canary_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the live requests that a newer version is tried on before it takes "
+        "over. Callers are answered by the old one meanwhile; the new one's answers are compared "
+        "with it. 0: a version that passed its checks takes over at once.",
+    )
+    canary_requests: int = Field(200, ge=1, description="Requests that make a verdict on a canary.")
+    canary_timeout_s: float = Field(
+        300.0,
+        gt=0,
+        description="Seconds after which the verdict is made of the requests there were; a canary "
+        "that nothing speaks against then takes over.",
+    )
+    canary_max_error_ratio: float = Field(
+        0.01, ge=0, le=1, description="Share of its requests that a canary may fail on."
+    )
+    canary_max_slowdown: float = Field(
+        1.5, gt=0, description="Times as long as the old version's that its runs may take."
+    )
+    canary_max_disagreement: float = Field(
+        0.1, ge=0, le=1, description="Share of the images that it may put into another class."
+    )
     host: str = Field(
         "127.0.0.1", description="Address to listen on. Beyond loopback anyone may send requests."
     )
     port: Port = Field(8001, description="TCP port for gRPC; 0 picks a free one and logs it.")
+    tls_certificate: Path | None = Field(
+        None,
+        description="PEM file with the server's certificate chain; both ports then speak TLS only. "
+        "Replaced files count for the next connection.",
+    )
+    tls_key: Path | None = Field(None, description="PEM file with the certificate's private key.")
+    tls_client_ca: Path | None = Field(
+        None,
+        description="PEM file with the authority that must have signed a client's certificate.",
+    )
+    token_file: Path | None = Field(
+        None,
+        description="File with bearer tokens, one a line, one of which every request must bring. "
+        "grpc.health.v1, /healthz and /readyz stay open. A token without TLS can be overheard.",
+    )
+    admin_port: Port | None = Field(
+        None,
+        description="TCP port for the RPCs that index, load and unload models; 0 picks a free one. "
+        "There is none by default.",
+    )
+    admin_token_file: Path | None = Field(
+        None, description="File with bearer tokens for the admin port, which demands one."
+    )
     http_port: Port = Field(
         8002,
         description="TCP port for the page, the REST face, /metrics, /healthz and /readyz; 0 picks "
@@ -149,8 +196,19 @@ class ServerSettings(BaseSettings):
         le=2047,
         description="Largest gRPC message in MiB. Raised by itself where a full batch needs more.",
     )
+    lame_duck_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="Seconds that the server answers on after SIGTERM while it reports "
+        "NOT_SERVING, so that load balancers turn away before it refuses.",
+    )
     drain_timeout_s: float = Field(
         30.0, ge=0, description="Seconds that accepted requests get to finish after SIGTERM."
+    )
+    otlp_endpoint: str = Field(
+        "",
+        description="URL that OpenTelemetry traces are sent to, OTLP over HTTP, such as "
+        "http://127.0.0.1:4318/v1/traces; needs the extra otel. Empty: no traces.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severity that is logged."

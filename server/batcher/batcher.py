@@ -44,6 +44,7 @@ logger = structlog.get_logger()
 
 Clock = Callable[[], float]
 Allocate = Callable[[tuple[int, ...]], Images]
+Tap = Callable[[Images, Prediction], None]
 
 # The watchdog looks this many times in the time that a run may take.
 _WATCHES = 4
@@ -75,6 +76,10 @@ class DynamicBatcher:
             before that has passed.
         clock: Monotonic seconds.
         allocate: Makes an instance's batch buffer of a shape.
+
+    Attributes:
+        tap: Is shown each request that was answered, with its answer; None, which is free of cost,
+            but while a newer version is tried on what this one answers.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class DynamicBatcher:
         latency: LatencyModel | None = None,
         allocate: Allocate = _allocate,
     ) -> None:
+        self.tap: Tap | None = None
         self._limits = limits
         self._observer = observer
         self._clock = clock
@@ -198,10 +204,13 @@ class DynamicBatcher:
         )
         self._enqueue(request)
         try:
-            return await request.future
+            prediction = await request.future
         except asyncio.CancelledError:
             self._discard(request)
             raise
+        if self.tap is not None:
+            self.tap(images, prediction)
+        return prediction
 
     def _enqueue(self, request: InferenceRequest) -> None:
         limits = self._limits

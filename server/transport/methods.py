@@ -43,5 +43,10 @@ async def _refuse(requests: object, context: Any) -> None:
     await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
 
 
-# It takes a stream of requests so that the answer need not wait for one.
+async def _ask_for_token(requests: object, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "authorization: expected a bearer token")
+
+
+# They take a stream of requests so that the answer need not wait for one.
 UNKNOWN_METHOD = Method(requests_stream=True, replies_stream=False, behaviour=_refuse)
+UNAUTHENTICATED = Method(requests_stream=True, replies_stream=False, behaviour=_ask_for_token)

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from ssl import SSLContext
 
@@ -11,11 +11,13 @@ import grpc
 
 from server.transport.call import Call
 from server.transport.connection import Connection
-from server.transport.headers import RequestHead
+from server.transport.headers import Metadata, RequestHead
 from server.transport.limits import TransportLimits
-from server.transport.methods import UNKNOWN_METHOD, Method
+from server.transport.methods import UNAUTHENTICATED, UNKNOWN_METHOD, Method
 
 _BACKLOG = 2048
+
+Allows = Callable[[str, Metadata], bool]
 
 
 class _CallDetails(grpc.HandlerCallDetails):  # type: ignore[misc]  # grpcio is untyped
@@ -27,6 +29,10 @@ class _CallDetails(grpc.HandlerCallDetails):  # type: ignore[misc]  # grpcio is 
 class GrpcServer:
     """Serves gRPC handlers; the part of `grpc.aio.Server` that this server uses.
 
+    Args:
+        limits: What a connection and a call may take.
+        allows: Says by path and metadata whether a call may go on; None lets all.
+
     Example:
         server = GrpcServer(TransportLimits())
         classifier_pb2_grpc.add_ClassifierServiceServicer_to_server(servicer, server)
@@ -35,8 +41,9 @@ class GrpcServer:
         await server.stop(grace_s=30)
     """
 
-    def __init__(self, limits: TransportLimits) -> None:
+    def __init__(self, limits: TransportLimits, allows: Allows | None = None) -> None:
         self._limits = limits
+        self._allows = allows
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._methods: dict[str, Method] = {}
         self._connections: set[Connection] = set()
@@ -92,6 +99,8 @@ class GrpcServer:
 
     def _open_call(self, connection: Connection, stream_id: int, head: RequestHead) -> Call:
         method = self._methods.get(head.path) or self._find(head)
+        if self._allows is not None and not self._allows(head.path, head.metadata):
+            method = UNAUTHENTICATED
         return Call(connection, stream_id, head, method, self._limits)
 
     def _find(self, head: RequestHead) -> Method:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from server.backends.devices import choose_device
 from server.backends.onnx import OnnxBackend
 from server.batcher import BatchingLimits
+from server.canary import CanaryLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.errors import ModelNotFoundError, RepositoryError, UnavailableError
 from server.loading import LoadOptions, ModelLoader
@@ -30,7 +31,13 @@ IMAGE = np.full((1, 4, 6, 3), 51, np.uint8)
 class Live:
     """A model manager with what it acts on."""
 
-    def __init__(self, root, policy: str = "latest:1", hang_timeout_s: float = 60.0) -> None:
+    def __init__(
+        self,
+        root,
+        policy: str = "latest:1",
+        hang_timeout_s: float = 60.0,
+        canary: CanaryLimits | None = None,
+    ) -> None:
         self.root = root
         self.registry = CollectorRegistry()
         self.catalogue = ModelCatalogue()
@@ -46,6 +53,7 @@ class Live:
             catalogue=self.catalogue,
             rollout=Rollout(self.catalogue, metrics, lambda *told: self.told.append(told)),
             refusals=Refusals(metrics.models),
+            canary=canary,
         )
 
     @property

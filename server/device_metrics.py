@@ -1,0 +1,66 @@
+"""Memory and utilisation of the GPUs, as NVIDIA's management library reports them.
+
+Without a driver, or without the library's Python package, there are no such metrics and no error.
+"""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+
+class DeviceCollector(Collector):
+    """Asks the devices whenever metrics are scraped.
+
+    Raises:
+        ImportError: The package nvidia-ml-py is not installed.
+        pynvml.NVMLError: There is no driver.
+    """
+
+    def __init__(self) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        self._nvml = pynvml
+        self._devices = {
+            f"cuda:{index}": pynvml.nvmlDeviceGetHandleByIndex(index)
+            for index in range(pynvml.nvmlDeviceGetCount())
+        }
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Reads every device; one that does not answer is left out."""
+        memory = GaugeMetricFamily(
+            "convoy_device_memory_bytes",
+            "Device memory in use, by all processes.",
+            labels=["device"],
+        )
+        utilisation = GaugeMetricFamily(
+            "convoy_device_utilisation_ratio",
+            "Share of the last sample period in which a kernel ran.",
+            labels=["device"],
+        )
+        for name, handle in self._devices.items():
+            try:
+                used = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
+                busy = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+            except self._nvml.NVMLError:
+                continue
+            memory.add_metric([name], used)
+            utilisation.add_metric([name], busy / 100)
+        yield memory
+        yield utilisation
+
+
+def watch_devices(registry: CollectorRegistry) -> bool:
+    """Adds the metrics of the GPUs; returns False where there is none to watch."""
+    try:
+        collector = DeviceCollector()
+    except ImportError:
+        return False
+    except Exception as error:
+        if type(error).__module__ != "pynvml":
+            raise
+        return False
+    registry.register(collector)
+    return True

@@ -1,0 +1,236 @@
+"""Tokens, TLS and mutual TLS on real connections, on both transports."""
+
+import re
+import socket
+import ssl
+import time
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from structlog.testing import capture_logs
+
+from convoy.oip.v2 import inference_pb2 as pb
+from convoy.oip.v2 import inference_pb2_grpc
+from server.access import Access, AccessFiles
+from tests.processes import run_module, running_server
+from tests.server.certificates import Authority, serial_of
+
+TRANSPORTS = pytest.mark.parametrize("transport", ["native", "grpcio"])
+
+
+def live(channel: grpc.Channel, token: str | None = None) -> str:
+    """Asks ServerLive and returns the status code."""
+    stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+    metadata = [("authorization", token)] if token is not None else []
+    try:
+        stub.ServerLive(pb.ServerLiveRequest(), metadata=metadata, timeout=10)
+    except grpc.RpcError as error:
+        return error.code().name
+    return "OK"
+
+
+def eventually(ask, expected: object) -> None:
+    """Asks until the answer is as expected; the test's own timeout bounds it."""
+    while ask() != expected:
+        time.sleep(0.01)
+
+
+@TRANSPORTS
+def test_a_token_opens_and_health_needs_none(publish, tmp_path, transport):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("first\nsecond\n")
+    flags = ["--device", "cpu", "--transport", transport, "--token-file", tokens]
+    with (
+        running_server(publish().parent.parent, *flags) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        assert live(channel, "Bearer first") == "OK"
+        assert live(channel, "bearer second") == "OK"
+        for wrong in (None, "", "first", "Bearer", "Bearer firs", "Bearer firstt", "Basic first"):
+            assert live(channel, wrong) == "UNAUTHENTICATED", wrong
+        check = health_pb2_grpc.HealthStub(channel).Check
+        state = check(health_pb2.HealthCheckRequest()).status
+        assert state == health_pb2.HealthCheckResponse.SERVING
+        tokens.write_text("third")
+        eventually(lambda: live(channel, "Bearer third"), "OK")
+        assert live(channel, "Bearer first") == "UNAUTHENTICATED"
+        tokens.write_text("")
+        assert live(channel, "Bearer third") == "OK"
+        assert live(channel, "Bearer") == "UNAUTHENTICATED"
+
+
+def secure_channel(address: str, authority: Authority, client=(None, None)) -> grpc.Channel:
+    certificate, key = client
+    credentials = grpc.ssl_channel_credentials(authority.pem, key, certificate)
+    # Sessions and connections of another channel must not be taken over.
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    return grpc.secure_channel(address, credentials, options)
+
+
+@TRANSPORTS
+def test_tls_follows_a_replaced_certificate(publish, tmp_path, transport):
+    authority = Authority()
+    certificate, key = authority.issue_into(tmp_path)
+    flags = ["--device", "cpu", "--transport", transport]
+    flags += ["--tls-certificate", certificate, "--tls-key", key]
+    with running_server(publish().parent.parent, *flags) as server:
+        host, port = server.address.split(":")
+
+        def shown() -> int:
+            context = ssl.create_default_context(cadata=authority.pem.decode())
+            context.check_hostname = False
+            context.set_alpn_protocols(["h2"])
+            with (
+                socket.create_connection((host, int(port)), timeout=10) as plain,
+                context.wrap_socket(plain) as secure,
+            ):
+                return serial_of(ssl.DER_cert_to_PEM_cert(secure.getpeercert(True)))
+
+        with secure_channel(server.address, authority) as old:
+            assert live(old) == "OK"
+            assert shown() == serial_of(certificate.read_bytes())
+            before = shown()
+            certificate.write_bytes(b"not a certificate")
+            assert shown() == before
+            authority.issue_into(tmp_path)
+            eventually(shown, serial_of(certificate.read_bytes()))
+            # What is connected stays so.
+            assert live(old) == "OK"
+
+
+@TRANSPORTS
+def test_mutual_tls_wants_a_certificate_of_its_authority(publish, tmp_path, transport):
+    authority, clients, others = Authority(), Authority("clients"), Authority("others")
+    certificate, key = authority.issue_into(tmp_path)
+    client_ca = tmp_path / "clients.crt"
+    client_ca.write_bytes(clients.pem)
+    flags = ["--device", "cpu", "--transport", transport, "--tls-client-ca", client_ca]
+    flags += ["--tls-certificate", certificate, "--tls-key", key]
+
+    def ask(client=(None, None)) -> str:
+        with secure_channel(server.address, authority, client) as channel:
+            return live(channel)
+
+    with running_server(publish().parent.parent, *flags) as server:
+        assert ask(clients.issue("friend")) == "OK"
+        assert ask() == "UNAVAILABLE"
+        assert ask(others.issue("stranger")) == "UNAVAILABLE"
+        client_ca.write_bytes(others.pem)
+        eventually(lambda: ask(others.issue("stranger")), "OK")
+        assert ask(clients.issue("friend")) == "UNAVAILABLE"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tls-certificate", "{crt}"], "--tls-certificate and --tls-key: expected both"),
+        (["--tls-client-ca", "{crt}"], "--tls-client-ca: expected --tls-certificate"),
+        (
+            ["--tls-certificate", "{crt}", "--tls-key", "{other}"],
+            "--tls-certificate: expected PEM files that belong together",
+        ),
+        (["--tls-certificate", "{none}", "--tls-key", "{key}"], "No such file"),
+        (["--token-file", "{none}"], "--token-file: .*No such file"),
+        (["--token-file", "{empty}"], "--token-file: expected a token, found none"),
+        (["--admin-port", "0"], "--admin-port: expected --admin-token-file"),
+    ],
+)
+def test_credentials_that_cannot_be_used_end_the_start(publish, tmp_path, flags, message):
+    certificate, key = Authority().issue_into(tmp_path)
+    (tmp_path / "other.key").write_bytes(Authority().issue()[1])
+    (tmp_path / "empty").touch()
+    places = {
+        "crt": certificate,
+        "key": key,
+        "other": tmp_path / "other.key",
+        "none": tmp_path / "none",
+        "empty": tmp_path / "empty",
+    }
+    ports = ["--port", "0", "--http-port", "0", "--device", "cpu"]
+    models = publish().parent.parent
+    ended = run_module(
+        "server", "--repository", models, *ports, *(flag.format(**places) for flag in flags)
+    )
+    assert ended.returncode == 2
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("convoy-server: ")]
+    assert line == ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("host", "warned"),
+    [("127.0.0.1", 0), ("::1", 0), ("localhost", 0), ("0.0.0.0", 1), ("192.0.2.7", 1)],
+)
+def test_an_open_port_beyond_loopback_is_warned_of(tmp_path, host, warned):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secret")
+    with capture_logs() as lines:
+        Access(AccessFiles()).warn_if_open(host)
+        Access(AccessFiles(token=tokens)).warn_if_open(host)
+    assert len(lines) == warned
+
+
+def test_http_paths_of_supervisors_stay_open(tmp_path):
+    tokens = tmp_path / "tokens"
+    tokens.write_text("secret")
+    access = Access(AccessFiles(token=tokens))
+    assert access.allows_http("/healthz", "")
+    assert access.allows_http("/readyz", "")
+    assert not access.allows_http("/metrics", "")
+    assert not access.allows_http("/v2/models/digits/infer", "Bearer other")
+    assert access.allows_http("/metrics", "Bearer secret")
+    assert Access(AccessFiles()).allows_http("/metrics", "")
+
+
+ADMIN_TOKEN = [("authorization", "Bearer admin")]
+
+
+def test_the_admin_port_indexes_loads_and_unloads_with_its_own_token(publish, tmp_path):
+    models = publish().parent.parent
+    for name in ("admin", "everyone"):
+        (tmp_path / name).write_text(name)
+    flags = ["--device", "cpu", "--poll-s", "0", "--token-file", tmp_path / "everyone"]
+    flags += ["--admin-port", "0", "--admin-token-file", tmp_path / "admin"]
+    with (
+        running_server(models, *flags) as server,
+        grpc.insecure_channel(str(server.wait_for("serving")["admin"])) as admin_channel,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        admin = inference_pb2_grpc.GRPCInferenceServiceStub(admin_channel)
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        everyone = [("authorization", "Bearer everyone")]
+
+        def code(call, request, metadata) -> str:
+            with pytest.raises(grpc.RpcError) as caught:
+                call(request, metadata=metadata, timeout=20)
+            return caught.value.code().name
+
+        def index() -> dict[str, str]:
+            reply = admin.RepositoryIndex(pb.RepositoryIndexRequest(), metadata=ADMIN_TOKEN)
+            return {model.version: model.state for model in reply.models}
+
+        load = pb.RepositoryModelLoadRequest(model_name="colours")
+        unload = pb.RepositoryModelUnloadRequest(model_name="colours")
+        ready = pb.ModelReadyRequest(name="colours")
+        everything = pb.RepositoryIndexRequest()
+        assert code(admin.RepositoryIndex, everything, everyone) == "UNAUTHENTICATED"
+        assert code(stub.RepositoryIndex, everything, everyone) == "UNIMPLEMENTED"
+        assert code(admin.ModelInfer, pb.ModelInferRequest(), ADMIN_TOKEN) == "UNIMPLEMENTED"
+        assert index() == {"1": "READY"}
+        publish(2)
+        assert index() == {"1": "READY", "2": "UNAVAILABLE"}
+        admin.RepositoryModelLoad(load, metadata=ADMIN_TOKEN)
+        eventually(index, {"1": "UNAVAILABLE", "2": "READY"})
+        load.parameters["config"].string_param = "{}"
+        assert code(admin.RepositoryModelLoad, load, ADMIN_TOKEN) == "UNIMPLEMENTED"
+        admin.RepositoryModelUnload(unload, metadata=ADMIN_TOKEN)
+        assert not stub.ModelReady(ready, metadata=everyone).ready
+        assert code(admin.RepositoryModelUnload, unload, ADMIN_TOKEN) == "NOT_FOUND"
+        del load.parameters["config"]
+        load.model_name = "../models/colours"
+        assert code(admin.RepositoryModelLoad, load, ADMIN_TOKEN) == "NOT_FOUND"
+        load.model_name = "colours"
+        admin.RepositoryModelLoad(load, metadata=ADMIN_TOKEN)
+        assert stub.ModelReady(ready, metadata=everyone).ready
