@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 PARTS := server training export clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ray-test lint fmt proto lock clean
+.PHONY: help demo test ray-test soak lint fmt proto lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,10 @@ test: .venv/.installed  ## run the tests
 ray-test: .venv/.installed  ## run the tests of the ray engine on a cluster of two local nodes
 	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet --editable '.[ray]'
 	$(BIN)/pytest tests/clients/test_batch_ray.py
+
+MINUTES ?= 10
+soak: .venv/.installed  ## minutes of load with cancels and swaps; memory must stay flat
+	$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES)
 
 lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync
 	$(BIN)/ruff format --check .
