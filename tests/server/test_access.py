@@ -4,6 +4,8 @@ import re
 import socket
 import ssl
 import time
+import urllib.error
+import urllib.request
 
 import grpc
 import pytest
@@ -58,6 +60,36 @@ def test_a_token_opens_and_health_needs_none(publish, tmp_path, transport):
         tokens.write_text("")
         assert live(channel, "Bearer third") == "OK"
         assert live(channel, "Bearer") == "UNAUTHENTICATED"
+
+
+def status(url: str, token: str = "", context: ssl.SSLContext | None = None) -> int:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=10, context=context) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def test_http_asks_for_the_token_and_speaks_tls_too(publish, tmp_path):
+    authority = Authority()
+    certificate, key = authority.issue_into(tmp_path)
+    (tmp_path / "token").write_text("secret")
+    flags = ["--device", "cpu", "--token-file", tmp_path / "token"]
+    flags += ["--tls-certificate", certificate, "--tls-key", key]
+    context = ssl.create_default_context(cadata=authority.pem.decode())
+    with running_server(publish().parent.parent, *flags) as server:
+        http = server.http.replace("http://", "https://")
+        for path in ("/healthz", "/readyz"):
+            assert status(http + path, context=context) == 200
+        for path in ("/metrics", "/v2/models/colours", "/"):
+            assert status(http + path, context=context) == 401
+            assert status(http + path, "other", context) == 401
+            assert status(http + path, "secret", context) == 200
+        with pytest.raises(OSError, match=r"reset|closed|Remote|bad"):
+            status(server.http + "/healthz")
 
 
 def secure_channel(address: str, authority: Authority, client=(None, None)) -> grpc.Channel:
