@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import pytest
 
 from clients.batch import Input, LocalEngine, LocalModel, Predictor
 from clients.batch.rows import Item
@@ -50,3 +51,12 @@ def read_rows(path: Path) -> list[dict]:
             return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def assert_same_rows(one: list[dict], other: list[dict]) -> None:
+    """Same to the last class; probabilities as far as another batch size moves them."""
+    approximate = ("probability", "probabilities")
+    for left, right in zip(one, other, strict=True):
+        for name in approximate:
+            assert left[name] == pytest.approx(right[name], abs=1e-6)
+        assert left | dict.fromkeys(approximate) == right | dict.fromkeys(approximate)

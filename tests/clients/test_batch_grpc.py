@@ -22,7 +22,13 @@ from clients.batch import (
 )
 from clients.batch.window import AdaptiveWindow
 from clients.errors import ModelNotFoundError, UnavailableError
-from tests.clients.batches import digit_files, local_engine, read_rows, write_images
+from tests.clients.batches import (
+    assert_same_rows,
+    digit_files,
+    local_engine,
+    read_rows,
+    write_images,
+)
 from tests.clients.conftest import ANSWER, scripted_server
 from tests.processes import run_module, running_server
 
@@ -43,14 +49,6 @@ def images(repository, tmp_path):
 
 def job(folder, out, **options) -> BatchJob:
     return BatchJob(Input(str(folder)), out, top_k=3, **options)
-
-
-def assert_same_rows(one, other) -> None:
-    """Same to the last class; probabilities as far as another batch size moves them."""
-    for left, right in zip(one, other, strict=True):
-        assert left.pop("probabilities") == pytest.approx(right.pop("probabilities"), abs=1e-6)
-        assert left.pop("probability") == pytest.approx(right.pop("probability"), abs=1e-6)
-        assert left == right
 
 
 def test_server_and_local_engine_write_the_same(repository, server, images, tmp_path):

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from clients.batch import BatchJob, Input, run_batch
-from tests.clients.batches import digit_files, local_engine, read_rows, write_images
+from tests.clients.batches import (
+    assert_same_rows,
+    digit_files,
+    local_engine,
+    read_rows,
+    write_images,
+)
 
 pytest.importorskip("ray", reason="extra `ray` is not installed; make ray-test does")
 
@@ -41,14 +47,6 @@ def local_rows(source: Path, repository: Path) -> list[dict]:
     return read_rows(out)
 
 
-def assert_same_rows(one: list[dict], other: list[dict]) -> None:
-    assert len(one) == len(other)
-    for left, right in zip(one, other, strict=True):
-        assert left.pop("probabilities") == pytest.approx(right.pop("probabilities"), abs=1e-6)
-        assert left.pop("probability") == pytest.approx(right.pop("probability"), abs=1e-6)
-        assert left == right
-
-
 def test_a_cluster_gives_the_rows_of_the_local_engine_also_when_a_node_is_killed(
     cluster, repository, tmp_path
 ):
@@ -60,7 +58,7 @@ def test_a_cluster_gives_the_rows_of_the_local_engine_also_when_a_node_is_killed
     whole = start(folder, tmp_path / "whole.jsonl", repository, cluster.address)
     _, stderr = whole.communicate(timeout=200)
     assert whole.returncode == 0, stderr
-    assert_same_rows(read_rows(tmp_path / "whole.jsonl"), [dict(row) for row in expected])
+    assert_same_rows(read_rows(tmp_path / "whole.jsonl"), expected)
 
     out = tmp_path / "killed.jsonl"
     journal = tmp_path / "killed.jsonl.parts" / "journal"
@@ -71,7 +69,7 @@ def test_a_cluster_gives_the_rows_of_the_local_engine_also_when_a_node_is_killed
     cluster.remove_node(cluster.second, allow_graceful=False)
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 0, stderr
-    assert_same_rows(read_rows(out), [dict(row) for row in expected])
+    assert_same_rows(read_rows(out), expected)
 
 
 def test_an_array_through_a_cluster(cluster, repository, tmp_path):
