@@ -33,15 +33,12 @@ class Target:
     """The server under test.
 
     Attributes:
-        ours: Whether it is this project's, which keeps promises beyond the protocol.
         input: Its model's input, as the metadata tell.
     """
 
     address: str
     model: str
-    ours: bool
     input: pb.ModelMetadataResponse.TensorMetadata
-    outputs: tuple[str, ...]
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -86,21 +83,20 @@ def target(
     address = request.config.getoption("--address", None)
     model = request.config.getoption("--model", "colours")
     if address:
-        yield _describe(address, model, ours=False)
+        yield _describe(address, model)
         return
     repository = tmp_path_factory.mktemp("conformance")
     publish_version(repository / "colours" / "1")
     with running_server(repository, "--device", "cpu") as server:
-        yield _describe(server.address, "colours", ours=True)
+        yield _describe(server.address, "colours")
 
 
-def _describe(address: str, model: str, ours: bool) -> Target:
+def _describe(address: str, model: str) -> Target:
     with grpc.insecure_channel(address) as channel:
         stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
         metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name=model), timeout=30)
     (tensor,) = metadata.inputs
-    scores = tuple(output.name for output in metadata.outputs if output.datatype == "FP32")
-    return Target(address, model, ours, tensor, scores)
+    return Target(address, model, tensor)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Programs that nobody here wrote: NVIDIA's client, Prometheus, promtool."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,36 @@ def test_tritonclient_finds_the_model_and_gets_the_nets_logits(server, repositor
     assert (seen["server"], seen["id"]) == ("convoy", "42")
     assert seen["metadata"]["platform"] == "onnx_onnxv1"
     assert seen["error"] == "StatusCode.NOT_FOUND"
+
+
+def test_tritonclient_streams_and_uses_the_extensions(server, repository):
+    program = Path(__file__).with_name("triton_extensions_check.py")
+    samples = repository / "digits" / "1" / "samples.npz"
+    result = subprocess.run(
+        [sys.executable, program, server.address, "digits", samples],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    seen = json.loads(result.stdout)
+    with np.load(samples, allow_pickle=False) as golden:
+        logits = golden["logits"]
+    for way in ("stream", "aio", "aio_stream", "files"):
+        np.testing.assert_allclose(seen[way], logits, atol=1e-4, err_msg=way)
+    (error,) = seen["stream_errors"]
+    assert "got 'unknown'" in error
+    for (first, second), row in zip(seen["classes"], logits, strict=True):
+        best = row.argsort()[::-1]
+        assert [text.split(":")[1:] for text in (first, second)] == [
+            [str(index), str(index)] for index in best[:2]
+        ]
+        assert re.fullmatch(r"[01]\.[0-9]{6}:[0-9]:[0-9]", first)
+    assert seen["config"]["platform"] == "onnxruntime_onnx"
+    assert seen["config"]["input"][0]["data_type"] == "TYPE_UINT8"
+    assert int(seen["statistics"]["inference_stats"]["success"]["count"]) > len(logits)
+    assert seen["late"] == "StatusCode.DEADLINE_EXCEEDED"
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")

@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,3 +111,44 @@ def test_too_many_pixels_are_refused_before_they_are_decoded():
     encoded = encode(Image.new("1", (2000, 2000)))
     with pytest.raises(InvalidRequestError, match="at most 1000000 pixels, got 2000 x 2000"):
         decode(encoded)
+
+
+def test_of_sixteen_bit_grey_the_high_byte_counts():
+    deep = np.linspace(0, 65535, 8 * 12).astype(np.uint16).reshape(8, 12)
+    pixels = decode(encode(Image.fromarray(deep)))
+    np.testing.assert_array_equal(pixels, np.repeat((deep >> 8)[..., np.newaxis], 3, axis=2))
+
+
+def test_palette_transparency_lies_over_black():
+    palette = gradient().quantize(16)
+    pixels = decode(encode(palette, transparency=palette.getpixel((0, 0))))
+    assert pixels[0, 0].tolist() == [0, 0, 0]
+    assert pixels.max() > 0
+
+
+@pytest.mark.parametrize("format_", ["PNG", "JPEG", "WEBP", "BMP", "GIF"])
+def test_a_bomb_of_any_format_is_refused_without_the_memory_for_it(format_):
+    """A process of its own tells what it took at most."""
+    side = 8000
+    options = {"lossless": True} if format_ == "WEBP" else {}
+    mode = "RGB" if format_ == "WEBP" else "L"
+    bomb = encode(Image.new(mode, (side, side)), format_, **options)
+    program = """
+import resource, sys
+from server.errors import InvalidRequestError
+from server.images import decode_image
+from server.manifest import Interpolation, Preprocessing
+encoded = sys.stdin.buffer.read()
+before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    decode_image(encoded, Preprocessing(8, 8, 0, Interpolation.BILINEAR), 1_000_000)
+except InvalidRequestError as error:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib, error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], input=bomb, capture_output=True, timeout=60, check=True
+    )
+    grown_kib, message = result.stdout.decode().split(" ", 1)
+    assert f"at most 1000000 pixels, got {side} x {side}" in message
+    # Its pixels would take 62,500 KiB and more; the file itself is copied once or twice.
+    assert int(grown_kib) < 30_000 + 3 * len(bomb) / 1024
