@@ -38,6 +38,7 @@ class Classification:
         version: The version that answered.
         classes: In falling order of probability, as many as were asked for.
         batch_size: Images in the batch in which this one was run.
+        abstain: Whether the largest probability is below the model's threshold.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Classification:
     classes: tuple[ClassScore, ...]
     times: StageTimes
     batch_size: int
+    abstain: bool = False
 
     @property
     def best(self) -> ClassScore:
@@ -112,6 +114,7 @@ def classification(reply: pb.ClassifyResponse) -> Classification:
             times.decode_ns / _NS_PER_S, times.queue_ns / _NS_PER_S, times.inference_ns / _NS_PER_S
         ),
         batch_size=reply.batch_size,
+        abstain=reply.abstain,
     )
 
 

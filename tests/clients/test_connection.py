@@ -38,6 +38,7 @@ from clients import (
     UsageError,
 )
 from clients.connection import DEFAULT_ADDRESS, Connection
+from convoy.v1 import classifier_pb2 as pb
 from tests.clients.conftest import ANSWER, answer, refuse_first, scripted_server
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
@@ -211,6 +212,13 @@ def test_gzip_makes_requests_smaller(classify):
         classify(address, bytes(1_000_000))
         assert compressed_bytes < 50_000
         assert sum(sent) - compressed_bytes > 1_000_000
+
+
+@pytest.mark.parametrize("abstain", [True, False])
+def test_an_answer_says_whether_the_model_abstains(classify, abstain):
+    reply = pb.ClassifyResponse(model="m", version=1, abstain=abstain)
+    with scripted_server(lambda *call: reply) as server:
+        assert classify(server.address).abstain is abstain
 
 
 def test_a_closed_client_says_so():

@@ -2,12 +2,14 @@
 
 import asyncio
 import itertools
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
 
 import grpc
+import numpy as np
 import pytest
 
 from clients import (
@@ -27,6 +29,7 @@ from clients import (
 from clients.backlog import Backlog
 from convoy.v1 import classifier_pb2 as pb
 from convoy.v1 import classifier_pb2_grpc
+from tests.processes import running_server
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.05)
 OPTIONS = ConnectionOptions(QUICK)
@@ -287,6 +290,34 @@ def test_a_stream_ends_its_threads():
             if thread.name == "classify-stream":
                 thread.join(30)
                 assert not thread.is_alive()
+
+
+def test_a_server_process_that_is_killed_midway_and_started_again_loses_no_picture(
+    classify_many, repository
+):
+    with np.load(repository / "digits" / "1" / "samples.npz", allow_pickle=False) as samples:
+        pixels, classes = samples["images"], samples["logits"].argmax(axis=1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    flags = ("--device", "cpu", "--port", port)
+    midway = Event()
+
+    def pictures():
+        for number in range(1000):
+            if number == 300:
+                midway.set()
+            yield pixels[number % len(pixels)]
+
+    with ThreadPoolExecutor(1) as pool:
+        with running_server(repository, *flags) as first:
+            address = f"127.0.0.1:{port}"
+            answers = pool.submit(classify_many, address, pictures(), 64, timeout_s=90)
+            assert midway.wait(60)
+            first.process.kill()
+            first.process.wait()
+        with running_server(repository, *flags):
+            indices = [answer.best.index for answer in answers.result(100)]
+    assert indices == [classes[number % len(pixels)] for number in range(1000)]
 
 
 class Clock:
