@@ -29,7 +29,7 @@ class ModelCatalogue:
 
     def __init__(self) -> None:
         self._defaults: dict[str, ServedModel] = {}
-        self._versions: dict[tuple[str, int], ServedModel] = {}
+        self._versions: dict[str, dict[int, ServedModel]] = {}
         self.state = ServerState.STARTING
 
     @property
@@ -39,7 +39,7 @@ class ModelCatalogue:
 
     def add(self, model: ServedModel) -> None:
         """Lets requests that name this version find it."""
-        self._versions[model.name, model.version] = model
+        self._versions.setdefault(model.name, {})[model.version] = model
 
     def make_default(self, model: ServedModel) -> None:
         """Lets requests that name no version find this one from now on."""
@@ -47,8 +47,8 @@ class ModelCatalogue:
 
     def remove(self, model: ServedModel) -> None:
         """Lets nobody find a version any more."""
-        if self._versions.get((model.name, model.version)) is model:
-            del self._versions[model.name, model.version]
+        if self.get(model.name, model.version) is model:
+            del self._versions[model.name][model.version]
         if self._defaults.get(model.name) is model:
             del self._defaults[model.name]
 
@@ -58,15 +58,16 @@ class ModelCatalogue:
 
     def get(self, name: str, version: int) -> ServedModel | None:
         """Returns one version."""
-        return self._versions.get((name, version))
+        return self._versions.get(name, {}).get(version)
 
     def versions(self, name: str) -> list[ServedModel]:
         """Returns a model's versions, oldest first."""
-        return [model for model in self if model.name == name]
+        versions = self._versions.get(name, {})
+        return [versions[number] for number in sorted(versions)]
 
     def __iter__(self) -> Iterator[ServedModel]:
         """Goes through all versions by name, then by number."""
-        return iter([self._versions[key] for key in sorted(self._versions)])
+        return iter([model for name in sorted(self._versions) for model in self.versions(name)])
 
     def find(self, name: str, version: int = 0) -> ServedModel:
         """Returns the model for a request.
@@ -83,7 +84,7 @@ class ModelCatalogue:
             raise UnavailableError("the server is starting or draining")
         if not name and len(self._defaults) == 1:
             name = next(iter(self._defaults))
-        model = self._versions.get((name, version)) if version else self._defaults.get(name)
+        model = self.get(name, version) if version else self._defaults.get(name)
         if model is None:
             raise self._not_found(name, version)
         return model

@@ -24,7 +24,7 @@ from server.errors import (
     UnavailableError,
 )
 from server.loading import ModelLoader, ServedModel
-from server.policy import ServingPlan, VersionPolicy
+from server.policy import Promotion, ServingPlan, VersionPolicy
 from server.refusals import Refusal, Refusals
 from server.repository import ModelFolder, ModelRepository, fingerprint
 from server.rollout import Rollout
@@ -118,16 +118,18 @@ class ModelManager:
         """Looks for changes once."""
         async with self._changing:
             try:
-                folders = await asyncio.to_thread(self._repository.models)
+                found = await asyncio.to_thread(self._look)
             except RepositoryError as error:
                 # Rather a volume that is not mounted than the wish to serve nothing.
                 self._refusals.complain("", error)
                 return
             self._refusals.settle("")
-            present = {folder.name for folder in folders}
-            for folder in folders:
+            present = {folder.name for folder, _ in found}
+            for folder, promotion in found:
                 if folder.name not in self._unloaded:
-                    await self._refresh_model(folder)
+                    await self._refresh_model(folder, promotion)
+                # Requests come first, however many models there are.
+                await asyncio.sleep(0)
             for name in {model.name for model in self._catalogue} - present:
                 self._keep(name, ())
 
@@ -142,7 +144,7 @@ class ModelManager:
             folder = await self._folder(name)
             self._unloaded.discard(name)
             self._refusals.withdraw_all(folder.path)
-            refused = await self._refresh_model(folder)
+            refused = await self._refresh_model(folder, await asyncio.to_thread(_promotion, folder))
             if refused:
                 raise UnavailableError(str(refused[0].error))
 
@@ -179,13 +181,17 @@ class ModelManager:
                 return folder
         raise ModelNotFoundError(f"model: the repository has none named {name!r}")
 
-    async def _refresh_model(self, folder: ModelFolder) -> list[Refusal]:
-        try:
-            plan = self._policy.plan(folder.versions, await asyncio.to_thread(folder.promotion))
-        except RepositoryError as error:
-            self._refusals.complain(folder.name, error)
+    def _look(self) -> list[tuple[ModelFolder, Promotion | RepositoryError | None]]:
+        return [(folder, _promotion(folder)) for folder in self._repository.models()]
+
+    async def _refresh_model(
+        self, folder: ModelFolder, promotion: Promotion | RepositoryError | None
+    ) -> list[Refusal]:
+        if isinstance(promotion, RepositoryError):
+            self._refusals.complain(folder.name, promotion)
             return []
         self._refusals.settle(folder.name)
+        plan = self._policy.plan(folder.versions, promotion)
         refused = await self._reconcile(folder, plan)
         self._report(refused)
         return refused
@@ -297,6 +303,13 @@ class ModelManager:
     async def _in_loader(self, path: Path) -> ServedModel:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._loader_thread, self._loader.load, path)
+
+
+def _promotion(folder: ModelFolder) -> Promotion | RepositoryError | None:
+    try:
+        return folder.promotion()
+    except RepositoryError as error:
+        return error
 
 
 def _as_startup_error(path: Path, error: Exception) -> StartupError:
