@@ -1,0 +1,121 @@
+"""Speed of training: an epoch, the input pipeline, decoding. For a machine that is otherwise idle.
+
+    python benchmarks/training_speed.py epoch DATA --recipe fast --epochs 3
+    python benchmarks/training_speed.py pipeline DATA --recipe fast --rounds 5
+    python benchmarks/training_speed.py decode DATA --rounds 3
+
+DATA is what `convoy-train --data` takes.
+"""
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training import recipe as recipes
+from training import start
+from training.data import open_data
+from training.inputs import measure
+from training.loop import Trainer
+from training.readers import make_reader
+
+CPU = torch.device("cpu")
+
+
+def time_epochs(data: str, recipe: str, epochs: int) -> None:
+    """Notes when `convoy-train` ends each epoch: what an epoch takes, and all the rest."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "training", "--data", data, "--recipe", recipe]
+        command += ["--epochs", str(epochs), "--out", folder]
+        began = time.perf_counter()
+        ends = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("epoch "):
+                    ends.append(time.perf_counter() - began)
+                print(line, end="", flush=True)
+        whole_s = time.perf_counter() - began
+    epoch_s = [later - earlier for earlier, later in itertools.pairwise(ends)]
+    median_s = statistics.median(epoch_s)
+    print(f"epoch: median {median_s:.2f} s, {min(epoch_s):.2f} to {max(epoch_s):.2f}")
+    print(f"all the rest: {whole_s - epochs * median_s:.1f} s; whole command: {whole_s:.1f} s")
+
+
+class OneBatch(Trainer):
+    """Makes every step on the first batch: what a step costs when input costs nothing."""
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
+        batches = super()._batches()
+        first = next(batches)
+        batches.close()  # type: ignore[attr-defined]
+        for _ in range(self.steps_per_epoch):
+            yield first
+
+
+def compare_pipeline(options: argparse.Namespace) -> None:
+    """Images per second of whole epochs against those on one fixed batch, in turns."""
+    overrides = {"batch_size": options.batch_size} if options.batch_size else {}
+    recipe = recipes.load_recipe(options.recipe, overrides)
+    data = open_data(options.data, start.preprocessing(recipe), stream=options.stream)
+    normalization = measure(data.train)
+    some = torch.randperm(len(data.train))[: options.steps * recipe.batch_size].numpy()
+    few = data.valid.take(some[:2] % len(data.valid))
+    ratios = []
+    trainers = []
+    for kind in (Trainer, OneBatch):
+        _, net = start.make_net(recipe, options.data, data, normalization, None)
+        readers = (make_reader(part, CPU, options.workers) for part in (data.train.take(some), few))
+        trainers.append(kind(net, recipe, normalization, *readers))
+        trainers[-1].run_epoch(lambda: None)
+    for _ in range(options.rounds):
+        whole, fixed = (trainer.run_epoch(lambda: None).images_per_s for trainer in trainers)
+        ratios.append(whole / fixed)
+        print(f"{whole:.0f} of {fixed:.0f} images/s: {ratios[-1]:.3f}", flush=True)
+    print(f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+def time_decoding(data: str, rounds: int) -> None:
+    """Seconds to load the whole set into memory with an empty and with a filled cache."""
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            times = []
+            for _ in range(2):
+                began = time.perf_counter()
+                loaded = open_data(data, start.preprocessing(recipes.Recipe()), cache=Path(cache))
+                times.append(time.perf_counter() - began)
+        count = len(loaded.train) + len(loaded.valid) + len(loaded.test)
+        print(f"{count} images: decoded in {times[0]:.2f} s, cached {times[1]:.2f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("epoch", "pipeline", "decode"))
+    parser.add_argument("data")
+    parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40, help="of a round")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--stream", action="store_true")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    match options.what:
+        case "epoch":
+            time_epochs(options.data, options.recipe, options.epochs)
+        case "pipeline":
+            compare_pipeline(options)
+        case "decode":
+            time_decoding(options.data, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
