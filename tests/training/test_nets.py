@@ -112,6 +112,15 @@ def test_a_wrong_name_or_argument_is_named(
         nets.create(name, **arguments)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "convnext_tiny", "mobilenet_v3_small"])
+def test_torchvisions_classifiers_have_a_head_for_our_classes(name: str) -> None:
+    with torch.device("meta"):
+        net = nets.create(name, n_classes=7)
+        head = net.get_submodule(nets.head_of(net))
+        assert isinstance(head, nn.Linear)
+        assert net(torch.empty(2, 3, 224, 224)).shape == (2, head.out_features) == (2, 7)
+
+
 def test_a_checkpoint_is_read_without_torchvision() -> None:
     """Its import takes seconds, which every export of one of our own nets would pay."""
     code = "import sys, training.checkpoints, training.data; print('torchvision' in sys.modules)"
