@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 PARTS := server training export clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ray-test soak lint fmt proto lock clean
+.PHONY: help demo test ray-test soak compose-test lint fmt proto lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -31,6 +31,9 @@ ray-test: .venv/.installed  ## run the tests of the ray engine on a cluster of t
 MINUTES ?= 10
 soak: .venv/.installed  ## minutes of load with cancels and swaps; memory must stay flat
 	$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES)
+
+compose-test: .venv/.installed  ## build and run the container stack; skips without a Docker engine
+	$(BIN)/pytest -m compose tests/deploy/test_compose.py
 
 lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync
 	$(BIN)/ruff format --check .
