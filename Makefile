@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 PARTS := server training export clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test ray-test soak compose-test lint fmt proto lock clean
+.PHONY: help demo bench test ray-test soak compose-test lint fmt proto lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,12 @@ soak: .venv/.installed  ## minutes of load with cancels and swaps; memory must s
 
 compose-test: .venv/.installed  ## build and run the container stack; skips without a Docker engine
 	$(BIN)/pytest -m compose tests/deploy/test_compose.py
+
+bench: .venv/.installed  ## measure the server beside raw ONNX Runtime and a naive server
+	test -d build/bench/models || { \
+	  $(BIN)/convoy-train --data digits --model net_res_deep --epochs 1 --out build/bench/run && \
+	  $(BIN)/convoy-export build/bench/run/best.pt --repository build/bench/models --name small; }
+	$(BIN)/python -m benchmarks.server build/bench/models small
 
 lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync
 	$(BIN)/ruff format --check .

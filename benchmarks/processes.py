@@ -1,0 +1,83 @@
+"""Server processes under measurement, and what the kernel knows of them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A server to measure: a module with its arguments, or an address where it runs already.
+
+    Attributes:
+        slo_command: What to run under an open loop, if that differs.
+    """
+
+    name: str
+    command: tuple[str, ...] = ()
+    slo_command: tuple[str, ...] = ()
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that is ready.
+
+    Attributes:
+        pid: 0 where it was not started here.
+        ready_s: From the start of the process until it served.
+    """
+
+    address: str
+    pid: int
+    ready_s: float
+
+    @property
+    def rss_mb(self) -> float:
+        """Resident memory."""
+        if not self.pid:
+            return float("nan")
+        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
+        return int(line.split()[1]) / 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, all threads."""
+    if not pid:
+        return float("nan")
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+@contextmanager
+def serving(command: Sequence[str], address: str) -> Iterator[Server]:
+    """Starts `python -m COMMAND`, waits until it logs "serving", and ends it afterwards."""
+    if address:
+        yield Server(address, 0, float("nan"))
+        return
+    started_s = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr
+            for line in process.stderr:
+                event = json.loads(line) if line.startswith("{") else {}
+                if event.get("event") == "serving":
+                    yield Server(event["grpc"], process.pid, time.monotonic() - started_s)
+                    break
+            else:
+                raise SystemExit(f"{command[0]} did not start")
+        finally:
+            process.terminate()
+            # Its log must not fill the pipe while it drains.
+            process.stderr.read()
