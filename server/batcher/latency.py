@@ -13,7 +13,7 @@ _DEVIATIONS = 4.0
 # Before a run in service showed the spread.
 _FIRST_DEVIATION = 0.1
 # Sizes whose pace is this close to the best are as good; the smallest of them answers soonest.
-_NEARLY_BEST = 0.95
+_NEARLY_BEST = 0.9
 # What a batch costs besides its run: two thread switches and a wake-up of the event loop.
 HANDOVER_S = 0.0002
 
