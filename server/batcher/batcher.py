@@ -17,7 +17,7 @@ import structlog
 
 from server.batcher.answers import Answers
 from server.batcher.instance import BatchResult, ModelInstance, Run
-from server.batcher.latency import LatencyModel
+from server.batcher.latency import LatencyModel, RunningTail
 from server.batcher.limits import BatcherSnapshot, BatchingLimits
 from server.batcher.observer import BatchObserver, BatchReport
 from server.batcher.queue import RequestQueue
@@ -48,6 +48,9 @@ Tap = Callable[[Images, Prediction], None]
 
 # The watchdog looks this many times in the time that a run may take.
 _WATCHES = 4
+# So long after the last run an idle device is tried against the predictions.
+_STALE_S = 0.25
+_UNKNOWN = LatencyModel()
 
 
 def _allocate(shape: tuple[int, ...]) -> Images:
@@ -98,6 +101,10 @@ class DynamicBatcher:
         self._observer = observer
         self._clock = clock
         self._latency = latency or LatencyModel()
+        # How far the event loop is behind: what a batch waited for it. A request waited about as
+        # long before it was seen here, and its answer will.
+        self._loop_lag = RunningTail()
+        self._ran_at_s = float("-inf")
         self._max_batch_size = limits.max_batch_size
         self._queue = RequestQueue(limits)
         self._answers = Answers()
@@ -148,6 +155,7 @@ class DynamicBatcher:
         self._loop = asyncio.get_running_loop()
         self._ended = asyncio.Event()
         self._accepting = True
+        self._ran_at_s = self._clock()
         self._running = len(self._instances)
         for instance in self._instances:
             instance.start(self._serve)
@@ -244,6 +252,8 @@ class DynamicBatcher:
         if request.deadline_s == float("inf"):
             return True
         now_s = request.enqueued_at_s
+        if not len(self._queue) and self._is_stale(now_s):
+            return request.deadline_s > now_s
         answered_s = finish_s(
             self._latency,
             [max(now_s, instance.free_at_s) for instance in self._instances],
@@ -251,7 +261,16 @@ class DynamicBatcher:
             request.size,
             self._max_batch_size,
         )
-        return answered_s <= request.deadline_s
+        return answered_s + 2 * self._loop_lag.tail_s <= request.deadline_s
+
+    def _is_stale(self, now_s: float) -> bool:
+        """Whether predictions are too old to refuse by.
+
+        After a stall they may forbid every run, and without a run they would never improve; so a
+        request that comes to an idle device after a while is run, whatever they say.
+        """
+        idle = all(instance.started_at_s is None for instance in self._instances)
+        return idle and now_s - self._ran_at_s > _STALE_S
 
     def _discard(self, request: InferenceRequest) -> None:
         with self._changed:
@@ -270,7 +289,9 @@ class DynamicBatcher:
         with self._changed:
             while True:
                 now_s = self._clock()
-                self._give_up(self._queue.pop_late(now_s + self._latency.tail_s(1)))
+                needed_s = self._loop_lag.tail_s + self._latency.tail_s(1)
+                needed_s = 0.0 if self._is_stale(now_s) else needed_s
+                self._give_up(self._queue.pop_late(now_s + needed_s))
                 wait_s = self._wait_s(instance, now_s)
                 if wait_s == 0:
                     if batch := self._seal(instance, now_s):
@@ -293,8 +314,11 @@ class DynamicBatcher:
         return deferral_s(queue, self._latency, now_s, self._max_batch_size, others_s)
 
     def _seal(self, instance: ModelInstance, now_s: float) -> Batch | None:
+        latency, lag_s = self._latency, self._loop_lag.tail_s
+        if self._is_stale(now_s):
+            latency, lag_s = _UNKNOWN, 0.0
         size, dropped = next_size(
-            self._queue, self._latency, now_s, self._max_batch_size, len(self._instances)
+            self._queue, latency, now_s + lag_s, self._max_batch_size, len(self._instances)
         )
         self._give_up(dropped)
         parts = self._queue.take(size, self._max_batch_size)
@@ -323,7 +347,7 @@ class DynamicBatcher:
         now_s = self._clock()
         with self._changed:
             instance.started_at_s = instance.batch = None
-            instance.free_at_s = now_s
+            instance.free_at_s = self._ran_at_s = now_s
             if len(result.pieces) == 1 and isinstance(result.pieces[0].result, Outputs):
                 size = batch.size + result.padded_images
                 self._latency.observe(size, now_s - batch.sealed_at_s)
@@ -333,6 +357,7 @@ class DynamicBatcher:
         self._post(self._deliver, batch, result, now_s)
 
     def _deliver(self, batch: Batch, result: BatchResult, now_s: float) -> None:
+        self._loop_lag.observe(self._clock() - now_s)
         for piece in result.pieces:
             if isinstance(piece.result, Outputs):
                 self._answer(batch, piece.parts, piece.result, result.padded_images, now_s)

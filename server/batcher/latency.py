@@ -18,6 +18,25 @@ _NEARLY_BEST = 0.9
 HANDOVER_S = 0.0002
 
 
+class RunningTail:
+    """A time that nearly no observation of late exceeds."""
+
+    def __init__(self) -> None:
+        self._mean_s = 0.0
+        self._deviation_s = 0.0
+
+    @property
+    def tail_s(self) -> float:
+        """The mean and some deviations."""
+        return self._mean_s + _DEVIATIONS * self._deviation_s
+
+    def observe(self, seconds: float) -> None:
+        """Learns from an observation."""
+        error_s = seconds - self._mean_s
+        self._mean_s += _GAIN * error_s
+        self._deviation_s += _GAIN * (abs(error_s) - self._deviation_s)
+
+
 class LatencyModel:
     """Predicts the run time of a batch from those that were measured.
 

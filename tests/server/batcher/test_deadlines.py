@@ -244,3 +244,21 @@ async def test_the_snapshot_tells_what_is_held(make, backend):
     assert snapshot.batch_latency_s == GAINING
     backend.permits.release(2)
     await asyncio.gather(*running)
+
+
+async def test_predictions_that_forbid_every_run_are_tried_again_after_a_while(
+    make, backend, clock
+):
+    """A stall makes the tail longer than any deadline; without a run it would stay so."""
+    batcher = make(latency=LatencyModel({1: 0.01}))
+    running = await queue(batcher, batcher.infer(image(0)))
+    await backend.wait_for_run()
+    clock.now_s = 50.0
+    backend.permits.release()
+    await asyncio.gather(*running)
+    with pytest.raises(DeadlineExceededError):
+        await batcher.infer(image(1), deadline_s=clock.now_s + 0.1)
+    clock.now_s += 1.0
+    backend.permits.release()
+    answer = await batcher.infer(image(2), deadline_s=clock.now_s + 0.1)
+    assert answer.outputs.logits[0, 0] == 2
