@@ -284,7 +284,7 @@ class Connection(asyncio.Protocol):
         self._last_stream_id = stream_id
         if head is None:
             self.write(frames.rst_stream(stream_id, frames.PROTOCOL_ERROR))
-        elif max(len(self._calls), len(self._streams)) >= self._limits.max_calls:
+        elif max(len(self._calls), len(self._streams)) >= 2 * self._limits.max_calls:
             self.write(frames.rst_stream(stream_id, frames.REFUSED_STREAM))
         else:
             self._start(self._open_call(self, stream_id, head), ends)

@@ -11,7 +11,8 @@ class TransportLimits:
 
     Attributes:
         max_message_bytes: Of one request or reply message.
-        max_calls: Calls under way at a time; one that was cancelled counts until its handler ended.
+        max_calls: Calls that the peer may have under way at a time. As many again may be ending: an
+            answered or cancelled call is over for the peer before it is for its handler.
         max_frame_bytes: Largest frame that is taken.
         max_header_bytes: Of one header block, as sent and as decoded.
         stream_window_bytes: What a caller may send on a stream before it hears that it was read.

@@ -1,6 +1,7 @@
 """A server with methods of every kind, and grpcio's own client to call it."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 
 import grpc
@@ -33,6 +34,7 @@ class Echo(grpc.GenericRpcHandler):
         kinds = {
             "Unary": grpc.unary_unary_rpc_method_handler(self.unary),
             "Wait": grpc.unary_unary_rpc_method_handler(self.wait),
+            "Stubborn": grpc.unary_unary_rpc_method_handler(self.stubborn),
             "Fail": grpc.unary_unary_rpc_method_handler(self.fail),
             "Abort": grpc.unary_unary_rpc_method_handler(self.abort),
             "Metadata": grpc.unary_unary_rpc_method_handler(self.metadata),
@@ -57,6 +59,14 @@ class Echo(grpc.GenericRpcHandler):
             raise
         finally:
             self.running -= 1
+        return request
+
+    async def stubborn(self, request, context):
+        """Goes on when it is cancelled."""
+        self.running += 1
+        while not self.gate.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await self.gate.wait()
         return request
 
     async def fail(self, request, context):

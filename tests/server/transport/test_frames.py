@@ -226,6 +226,23 @@ class TestRapidReset:
     def limits(self):
         return TransportLimits(max_calls=10)
 
+    async def test_calls_that_are_ending_leave_room_for_as_many_again(self, port, echo):
+        """A call is over for the peer, which opens another, before it is for its handler."""
+        opened = range(1, 43, 2)
+        async with connected(port) as peer:
+            peer.send(HELLO)
+            for stream in opened:
+                peer.send(frame(frames.HEADERS, frames.END_HEADERS, stream, head("Stubborn")))
+                peer.send(frame(frames.DATA, frames.END_STREAM, stream, MESSAGE))
+                # So that the handler has begun.
+                peer.send(frame(frames.PING, 0, 0, b"12345678"))
+                kind, _, number, payload = await peer.frame(frames.PING, frames.RST_STREAM)
+                if kind == frames.RST_STREAM:
+                    break
+                peer.send(frames.rst_stream(stream, frames.CANCEL))
+            assert (number, frames.read_word(payload)) == (opened[20], frames.REFUSED_STREAM)
+            assert echo.running <= 20
+
     async def test_cancelled_calls_count_until_their_handlers_ended(self, port, echo):
         """CVE-2023-44487: calls opened and reset faster than they end."""
         wait = head("Wait")
@@ -237,7 +254,7 @@ class TestRapidReset:
                 peer.send(frames.rst_stream(stream, frames.CANCEL))
             peer.send(frame(frames.PING, 0, 0, b"12345678"))
             await peer.frame(frames.PING)
-            assert echo.running <= 10
+            assert echo.running <= 20
         await check_alive(port)
 
 
