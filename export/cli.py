@@ -74,6 +74,15 @@ SigningKey = Annotated[
     Path | None,
     typer.Option(help="Ed25519 private key (PEM) to sign with; `verify` can demand it."),
 ]
+AbstainBelow = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Largest probability below which a reply says that the model had better not answer; "
+        "0 for never.",
+    ),
+]
 ServedName = Annotated[str, typer.Option(help="Name the model is served under.")]
 Triple = tuple[float, float, float]
 Labels = Annotated[
@@ -101,6 +110,7 @@ def publish(
     formats: Formats = DEFAULT_FORMATS,
     precisions: Precisions = DEFAULT_PRECISIONS,
     script: Script = False,
+    abstain_below: AbstainBelow = 0.0,
     sign_key: SigningKey = None,
 ) -> None:
     """Exports a checkpoint, proves every artefact and publishes the next version of NAME.
@@ -110,7 +120,7 @@ def publish(
     from export.source import from_checkpoint
 
     variants = choose_variants(formats, precisions)
-    order = _Order(ModelFolder(repository, name), variants, script, sign_key)
+    order = _Order(ModelFolder(repository, name), variants, script, abstain_below, sign_key)
     source = from_checkpoint(checkpoint)
     if source.architecture_arguments.get("shared_blocks"):
         message = (
@@ -143,6 +153,7 @@ def weights(
     formats: Formats = DEFAULT_FORMATS,
     precisions: Precisions = DEFAULT_PRECISIONS,
     script: Script = False,
+    abstain_below: AbstainBelow = 0.0,
     sign_key: SigningKey = None,
 ) -> None:
     """Exports weights that something else trained, with the same proof."""
@@ -151,7 +162,7 @@ def weights(
     from training.data import Preprocessing
 
     variants = choose_variants(formats, precisions)
-    order = _Order(ModelFolder(repository, name), variants, script, sign_key)
+    order = _Order(ModelFolder(repository, name), variants, script, abstain_below, sign_key)
     classes = _read_labels(labels)
     steps = Preprocessing(image_size_px, image_size_px, resize_shorter_px)
     arguments = {"n_classes": len(classes), "image_size": image_size_px}
@@ -178,6 +189,7 @@ def import_onnx(
     resize_shorter_px: ResizeShorter = 0,
     repository: Repository = Path("models"),
     precisions: Precisions = DEFAULT_PRECISIONS,
+    abstain_below: AbstainBelow = 0.0,
     sign_key: SigningKey = None,
 ) -> None:
     """Admits an ONNX file made elsewhere, with the same proof, as ONNX only.
@@ -191,7 +203,7 @@ def import_onnx(
     variants = choose_variants([ArtefactFormat.ONNX], precisions)
     if any(variant.precision is Precision.FP16 for variant in variants):
         raise InputError("precision: expected fp32 or int8 for an imported graph, got fp16")
-    order = _Order(ModelFolder(repository, name), variants, False, sign_key)
+    order = _Order(ModelFolder(repository, name), variants, False, abstain_below, sign_key)
     steps = Preprocessing(*image_size_px(file), resize_shorter_px)
     described = DataDescription(data, _read_labels(labels), mean, std, steps)
     _publish(from_onnx(file, described), data, order)
@@ -212,6 +224,7 @@ class _Order:
     target: ModelFolder
     variants: list[Variant]
     script: bool
+    abstain_below: float
     sign_key: Path | None
 
 
@@ -222,7 +235,7 @@ def _publish(source: "ModelSource", data: str | None, order: _Order) -> None:
     from export.tables import parity_table
 
     key = read_private_key(order.sign_key) if order.sign_key else None
-    options = ExportOptions(order.variants, order.script, key)
+    options = ExportOptions(order.variants, order.script, order.abstain_below, key)
     spec = data or source.data.spec
     proof_data = load_samples(spec, source.data.classes, source.data.preprocessing)
     published = export(source, proof_data, order.target, options)

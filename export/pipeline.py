@@ -40,6 +40,7 @@ class ExportOptions:
     Attributes:
         variants: One artefact of each, the float32 ones first.
         script: TorchScript from source code in place of a trace.
+        abstain_below: Largest probability below which the model had better not answer; 0 for never.
         signing_key: Signs the manifest.
     """
 
@@ -48,6 +49,7 @@ class ExportOptions:
         Variant(ArtefactFormat.TORCHSCRIPT),
     )
     script: bool = False
+    abstain_below: float = 0.0
     signing_key: Ed25519PrivateKey | None = None
 
 
@@ -103,6 +105,7 @@ def export(
             created_at=datetime.now(UTC),
         )
         described.name = target.name
+        described.abstain_threshold = options.abstain_below
 
         def seal(folder: Path, version: int) -> None:
             described.version = version

@@ -47,6 +47,8 @@ def version_table(manifest: pb.ModelManifest) -> Table:
         + (", …" if len(manifest.labels) > 10 else ""),
         "checkpoint": f"SHA-256 {provenance.checkpoint_sha256}",
     }
+    if manifest.abstain_threshold:
+        facts["abstains"] = f"below a probability of {manifest.abstain_threshold:g}"
     for name, value in facts.items():
         table.add_row(name, value)
     for artefact in manifest.artefacts:

@@ -1,5 +1,6 @@
 """The command: one published version, or one line on stderr and nothing in the repository."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,9 +35,26 @@ def test_a_checkpoint_as_the_first_word_is_published(
     assert "published" in shown
 
 
+def test_the_threshold_to_abstain_below_goes_into_the_manifest(
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [tiny_checkpoint, "--repository", tmp_path, "--name", "digits"]
+    arguments += ["--format", "torchscript", "--abstain-below", "0.75"]
+    assert run(monkeypatch, *arguments) == 0
+    written = json.loads((tmp_path / "digits" / "1" / "manifest.json").read_text())
+    assert written["abstain_threshold"] == 0.75
+    capsys.readouterr()
+    assert run(monkeypatch, "show", tmp_path / "digits" / "1") == 0
+    assert "below a probability of 0.75" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
+        (["CHECKPOINT", "--name", "digits", "--abstain-below", "2"], "abstain-below"),
         (["nowhere.pt", "--name", "digits"], "nowhere.pt"),
         (["CHECKPOINT"], "--name"),
         ([], "checkpoint"),

@@ -28,4 +28,5 @@ print("onnxruntime", onnxruntime.__version__, onnxruntime.get_available_provider
 step tests "$python" -m pytest -q -rs tests/gpu
 step train "$python" -m training --data digits --device "$device" --epochs 10 --out "$out/run"
 step export "$python" -m export "$out/run/best.pt" --repository "$out/models" --name digits
+step bench "$python" -m benchmarks.server "$out/models" digits --flags "--device $device" --out "$out/bench"
 exit $failed
