@@ -193,7 +193,7 @@ def test_a_command_killed_at_random_moments_goes_on(repository, tmp_path):
                 journal.exists() and journal.stat().st_size > before
             ):
                 time.sleep(0.002)
-            time.sleep(draw.uniform(0, 0.06))
+            time.sleep(draw.uniform(0, 0.02))
             process.kill()
         kills += process.returncode == -signal.SIGKILL
     assert kills >= 3
