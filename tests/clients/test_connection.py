@@ -111,7 +111,8 @@ def test_the_server_sees_the_deadline(classify):
 
     with scripted_server(handle) as server:
         classify(server.address, timeout_s=7)
-    assert 6 < remaining_s[0] <= 7
+    # gRPC rounds a timeout up on its way.
+    assert 6 < remaining_s[0] < 8
 
 
 def test_a_server_that_refuses_most_calls_is_not_asked_again_and_again():
