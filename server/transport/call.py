@@ -76,6 +76,7 @@ class Call:
             self._deadline_s = time.monotonic() + self._head.timeout_s
             self._timer = loop.call_later(self._head.timeout_s, self._expire)
         if not self._head.content_type.startswith(_CONTENT_TYPE):
+            self._ended = True
             self._finish(header_block([(":status", "415")]))
             self._stop()
         elif self._method.requests_stream:

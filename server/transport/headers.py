@@ -38,7 +38,6 @@ class RequestHead:
         metadata: The application's own; fields named …-bin as bytes.
     """
 
-    verb: str
     path: str
     content_type: str
     timeout_s: float | None
@@ -128,7 +127,6 @@ def _request_head(fields: Iterable[tuple[bytes, bytes]]) -> RequestHead:
             metadata += _metadata(name, value)
     timeout = known.get("grpc-timeout")
     return RequestHead(
-        known.get(":method", ""),
         known.get(":path", ""),
         known.get("content-type", ""),
         None if timeout is None else _seconds(timeout),

@@ -211,6 +211,9 @@ async def test_what_is_no_grpc_is_told_so(port):
     async with connected(port) as peer:
         peer.send(HELLO, frame(frames.HEADERS, ENDS, 1, plain))
         assert (await peer.answer(1))[0] == {":status": "415"}
+        peer.send(frame(frames.PING, 0, 0, b"12345678"))
+        # Nothing more is said on the stream that has ended.
+        assert (await peer.frame(frames.PING, frames.HEADERS))[0] == frames.PING
 
 
 async def test_a_call_without_a_message_is_refused(port):
