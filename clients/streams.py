@@ -23,6 +23,8 @@ _ENDED = "the server ended the stream"
 _BROKE = "the stream broke"
 # A write that fails makes gRPC for asyncio say this instead of why the call has ended.
 _HIDDEN = "Internal error from Core"
+# So the call after one that broke gives the server a while to refuse it before anything is written.
+_LISTEN_S = 0.25
 
 
 class _Call:
@@ -52,21 +54,22 @@ class _Call:
 
 
 class _AioCall:
-    """The same with tasks for threads."""
+    """The same with tasks for threads; nothing is written for the first `listen_s`."""
 
-    def __init__(self, open_call: Callable[[], grpc.aio.StreamStreamCall]) -> None:
+    def __init__(self, open_call: Callable[[], grpc.aio.StreamStreamCall], listen_s: float) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self._outgoing: asyncio.Queue[pb.ClassifyStreamRequest] = asyncio.Queue()
         self._call = open_call()
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._write())]
+        self._reader = asyncio.create_task(self._read())
+        self._writer = asyncio.create_task(self._write(listen_s))
 
     def send(self, request: pb.ClassifyStreamRequest) -> None:
         self._outgoing.put_nowait(request)
 
     def close(self) -> None:
         self._call.cancel()
-        for task in self._tasks:
-            task.cancel()
+        self._reader.cancel()
+        self._writer.cancel()
 
     async def _read(self) -> None:
         try:
@@ -78,7 +81,9 @@ class _AioCall:
         else:
             self.events.put_nowait(UnavailableError(_ENDED))
 
-    async def _write(self) -> None:
+    async def _write(self, listen_s: float) -> None:
+        if listen_s:
+            await asyncio.wait([self._reader], timeout=listen_s)
         # The reader tells why a call has ended.
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
@@ -129,6 +134,7 @@ async def classify_stream_aio(
     """Does what `classify_stream` does, on an event loop."""
     source, exhausted = iter(requests), False
     call: _AioCall | None = None
+    listen_s = 0.0
     try:
         while True:
             if backlog.has_room and not exhausted:
@@ -139,13 +145,13 @@ async def classify_stream_aio(
             elif backlog.is_empty:
                 return
             for message in backlog.due():
-                call = call or _AioCall(open_call)
+                call = call or _AioCall(open_call, listen_s)
                 call.send(message)
             wait_s = 0.0 if backlog.has_room and not exhausted else backlog.wait_s()
             event = await _next_event_aio(call, wait_s)
             if isinstance(event, ServerError) and call:
                 call.close()
-                call = None
+                call, listen_s = None, _LISTEN_S
             _settle(backlog, event)
     finally:
         if call:

@@ -47,6 +47,7 @@ from server.protocols.inference import Inference
 from server.protocols.oip import InferenceServicer
 from server.protocols.oip_repository import RepositoryServicer
 from server.protocols.registration import handler_of
+from server.protocols.streams import Streams
 from server.refusals import Refusals
 from server.repository import ModelFolder, ModelRepository
 from server.rollout import Rollout
@@ -85,6 +86,7 @@ class App:
         watch_devices(registry)
         self._catalogue = ModelCatalogue()
         self._health = HealthServicer()
+        self._streams = Streams(self._catalogue)
         self._cleanup = contextlib.AsyncExitStack()
         self.port = 0
         self.http_port = 0
@@ -165,8 +167,8 @@ class App:
             settings.host, settings.port, max_message_bytes, access=access, transport=transport
         )
         self.port = listener.port
-        classifier = ClassifierServicer(self._catalogue, decoder, boundary)
-        oip = InferenceServicer(self._catalogue, inference, boundary)
+        classifier = ClassifierServicer(self._catalogue, decoder, boundary, self._streams)
+        oip = InferenceServicer(self._catalogue, inference, boundary, self._streams)
         handlers = (
             handler_of(_CLASSIFIER, classifier),
             handler_of(_INFERENCE, oip, _AS_BYTES),
@@ -251,6 +253,7 @@ class App:
     def _set_draining(self) -> None:
         self._catalogue.state = ServerState.DRAINING
         self._health.drain()
+        self._streams.close()
         for model in self._catalogue:
             model.batcher.stop_delaying()
 

@@ -24,7 +24,7 @@ class ModelCatalogue:
     (`ServedModel.users`): a swap may happen meanwhile, and only what is not held ends.
 
     Attributes:
-        state: Requests are answered while it is SERVING or LAME_DUCK.
+        state: Where the server is in its life.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,11 @@ class ModelCatalogue:
     def ready(self) -> bool:
         """True while every model is loaded and the server is not about to stop."""
         return self.state is ServerState.SERVING
+
+    @property
+    def open(self) -> bool:
+        """True while requests are answered."""
+        return self.state in (ServerState.SERVING, ServerState.LAME_DUCK)
 
     def add(self, model: ServedModel) -> None:
         """Lets requests that name this version find it."""
@@ -80,7 +85,7 @@ class ModelCatalogue:
             UnavailableError: The server starts or drains.
             ModelNotFoundError: There is no such model or version.
         """
-        if self.state not in (ServerState.SERVING, ServerState.LAME_DUCK):
+        if not self.open:
             raise UnavailableError("the server is starting or draining")
         if not name and len(self._defaults) == 1:
             name = next(iter(self._defaults))

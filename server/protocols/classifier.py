@@ -12,7 +12,7 @@ from server.errors import InvalidRequestError
 from server.loading import ServedModel
 from server.protocols.calls import STATUS_OF, Call, CallBoundary, Context, Failure
 from server.protocols.classes import Probabilities, abstains, best_classes
-from server.protocols.streams import answer_as_ready
+from server.protocols.streams import Streams
 from server.requests import Images, Prediction
 
 _NS_PER_S = 1_000_000_000
@@ -25,14 +25,20 @@ class ClassifierServicer:
         catalogue: The models in service.
         decoder: Brings image files to pixels.
         boundary: Turns errors into status codes.
+        streams: Carries those of its RPCs that stream.
     """
 
     def __init__(
-        self, catalogue: ModelCatalogue, decoder: ImageDecoder, boundary: CallBoundary
+        self,
+        catalogue: ModelCatalogue,
+        decoder: ImageDecoder,
+        boundary: CallBoundary,
+        streams: Streams,
     ) -> None:
         self._catalogue = catalogue
         self._decoder = decoder
         self._boundary = boundary
+        self._streams = streams
 
     async def Classify(self, request: pb.ClassifyRequest, context: Context) -> pb.ClassifyResponse:
         """Classifies one image."""
@@ -52,7 +58,7 @@ class ClassifierServicer:
                 return pb.ClassifyStreamResponse(id=request.id, error=_error(reply))
             return pb.ClassifyStreamResponse(id=request.id, response=reply)
 
-        await answer_as_ready(requests, context, answer)
+        await self._streams.answer_as_ready(requests, context, answer)
 
     async def ClassifyBatch(
         self, request: pb.ClassifyBatchRequest, context: Context

@@ -112,7 +112,9 @@ class Inference:
         try:
             # gRPC ends a call at its own deadline; a request's timeout is watched here.
             async with asyncio.timeout(_remaining_s(deadline_s)):
-                prediction = await model.batcher.infer(images, deadline_s, query.options.priority)
+                prediction = await model.batcher.infer(
+                    images, deadline_s, query.options.priority, call.client
+                )
         except TimeoutError:
             raise DeadlineExceededError("the request's timeout passed while it waited") from None
         tensors = output_tensors(wanted, prediction.outputs, model.manifest.labels)

@@ -23,7 +23,7 @@ from server.protocols.oip_messages import (
     requested_outputs_of,
 )
 from server.protocols.options import read_options
-from server.protocols.streams import answer_as_ready
+from server.protocols.streams import Streams
 
 # Names of the protocol's extensions that work here.
 EXTENSIONS = (*INFERENCE_EXTENSIONS, "model_configuration", "statistics")
@@ -39,14 +39,20 @@ class InferenceServicer:
         catalogue: The models in service.
         inference: Runs their requests.
         boundary: Turns errors into status codes.
+        streams: Carries those of its RPCs that stream.
     """
 
     def __init__(
-        self, catalogue: ModelCatalogue, inference: Inference, boundary: CallBoundary
+        self,
+        catalogue: ModelCatalogue,
+        inference: Inference,
+        boundary: CallBoundary,
+        streams: Streams,
     ) -> None:
         self._catalogue = catalogue
         self._inference = inference
         self._boundary = boundary
+        self._streams = streams
         self._heads = HeadCache()
 
     async def ServerLive(
@@ -149,7 +155,7 @@ class InferenceServicer:
             reply.parameters[_FINAL].bool_param = True
             return pb.ModelStreamInferResponse(infer_response=reply)
 
-        await answer_as_ready(requests, context, answer)
+        await self._streams.answer_as_ready(requests, context, answer)
 
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context

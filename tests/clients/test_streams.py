@@ -246,8 +246,8 @@ def test_a_server_that_will_not_have_a_stream_says_so_at_once(classify_many, cod
     with serving(refuses) as server:
         with pytest.raises(error, match="no"):
             classify_many(server.address, IMAGES)
-        # gRPC for asyncio hides the reason now and then; the next attempt hears it.
-        assert len(server.received) < 20
+        # gRPC for asyncio hides the reason now and then; the next attempt listens first.
+        assert len(server.received) < 10
 
 
 def test_pictures_are_taken_only_as_fast_as_they_are_answered():

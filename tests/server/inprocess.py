@@ -21,6 +21,7 @@ from server.protocols.calls import CallBoundary
 from server.protocols.classifier import ClassifierServicer
 from server.protocols.inference import Inference
 from server.protocols.oip import InferenceServicer
+from server.protocols.streams import Streams
 
 MAX_PIXELS = 1_000_000
 
@@ -67,6 +68,7 @@ class Servicers:
     inference: InferenceServicer
     classifier: ClassifierServicer
     catalogue: ModelCatalogue
+    streams: Streams
     registry: CollectorRegistry
 
 
@@ -91,10 +93,12 @@ async def servicers(folder: Path, **limits: object) -> AsyncIterator[Servicers]:
     with ThreadPoolExecutor(2) as threads:
         decoder = ImageDecoder(threads, 2, MAX_PIXELS, max_waiting=1024)
         boundary = CallBoundary(metrics)
+        streams = Streams(catalogue)
         yield Servicers(
-            InferenceServicer(catalogue, Inference(catalogue, decoder), boundary),
-            ClassifierServicer(catalogue, decoder, boundary),
+            InferenceServicer(catalogue, Inference(catalogue, decoder), boundary, streams),
+            ClassifierServicer(catalogue, decoder, boundary, streams),
             catalogue,
+            streams,
             registry,
         )
         await model.batcher.drain()
