@@ -2,6 +2,7 @@
 
 import ipaddress
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -114,6 +115,9 @@ class ConnectionOptions:
         gzip: Whether requests are compressed. Encoded images do not shrink; tensors do.
         max_message_bytes: Largest request that is sent and largest reply that is accepted.
         private_connection: Whether to share no TCP connection with other clients of this process.
+        keepalive_s: A peer that says nothing for so long during a call is asked whether it lives;
+            servers may take offence at less than a minute.
+        keepalive_timeout_s: How long it may take to say so, before its calls end as UNAVAILABLE.
     """
 
     retry: RetryPolicy = field(default_factory=RetryPolicy)
@@ -122,6 +126,13 @@ class ConnectionOptions:
     gzip: bool = False
     max_message_bytes: int = 64 * 1024 * 1024
     private_connection: bool = False
+    keepalive_s: float = 60.0
+    keepalive_timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        for name in ("keepalive_s", "keepalive_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name}: expected seconds above 0, got {getattr(self, name):g}")
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "ConnectionOptions":
@@ -213,6 +224,7 @@ class Connection:
         return grpc.Compression.Gzip if self.options.gzip else grpc.Compression.NoCompression
 
     def _channel_arguments(self) -> list[tuple[str, object]]:
+        answer_within_ms = math.ceil(1000 * self.options.keepalive_timeout_s)
         config = {
             "loadBalancingConfig": [{"round_robin": {}}],
             **self.options.retry.method_config(),
@@ -226,8 +238,10 @@ class Connection:
             ("grpc.min_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 5000),
             # A peer that vanished without a word is noticed during a call.
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_time_ms", math.ceil(1000 * self.options.keepalive_s)),
+            ("grpc.keepalive_timeout_ms", answer_within_ms),
+            # Without it gRPC waits a minute for the answer, whatever the line above says.
+            ("grpc.http2.ping_timeout_ms", answer_within_ms),
             ("grpc.use_local_subchannel_pool", int(self.options.private_connection)),
         ]
 
