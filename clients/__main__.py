@@ -5,10 +5,8 @@ import sys
 import typer
 
 from clients.cli import app
-from clients.cli.options import complain
+from clients.cli.options import INTERRUPTED, complain
 from clients.errors import ClientError
-
-_INTERRUPTED = 130
 
 
 def main() -> None:
@@ -17,7 +15,7 @@ def main() -> None:
         status = app(prog_name="convoy-client", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         complain("interrupted")
-        status = _INTERRUPTED
+        status = INTERRUPTED
     except typer.TyperException as error:
         complain(error.format_message())
         status = error.exit_code

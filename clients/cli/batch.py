@@ -1,28 +1,25 @@
 """`batch`: many images to a table of classes."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBar
 from rich.table import Table
 
 from clients.batch.calls import RemoteModel
 from clients.batch.engine import Engine
 from clients.batch.extras import needs_extra
 from clients.batch.inputs import Input
-from clients.batch.job import BatchJob, PartLimits, Progress, run_batch
+from clients.batch.job import BatchJob, PartLimits, run_batch
 from clients.batch.local import LocalEngine
 from clients.batch.predictor import LocalModel, Predictor
 from clients.batch.remote import GrpcEngine
 from clients.batch.shards import Shard
 from clients.batch.summary import BatchSummary
-from clients.cli.options import Model, TopK, complain
+from clients.cli.options import INTERRUPTED, Model, TopK, complain
+from clients.cli.progress import progress_bar
 
 _SHOWN_CLASSES = 20
 
@@ -147,41 +144,16 @@ def batch(
             with needs_extra("ray", "the ray engine"):
                 from clients.batch.cluster import Cluster, RayEngine
             chosen = RayEngine(Cluster(address or "auto"), local, top_k, batch_size)
-    with _progress_bar() as show:
-        summary = run_batch(job, chosen, show)
+    try:
+        with progress_bar(Console(stderr=True)) as show:
+            summary = run_batch(job, chosen, show)
+    except KeyboardInterrupt:
+        complain("interrupted; the same command goes on where it was")
+        raise typer.Exit(INTERRUPTED) from None
     _show_summary(job.table, summary)
     if job.evaluate and not summary.evaluation:
         complain("--evaluate: no image lies in a folder that is named like a class")
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[Progress], None]]:
-    """Shows progress on a terminal, and nothing elsewhere."""
-    console = Console(stderr=True)
-    bar = ProgressBar(
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s, {task.fields[errors]} errors"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    with bar:
-        task = bar.add_task("images", total=None, rate="-", errors=0)
-
-        def show(progress: Progress) -> None:
-            speed = bar.tasks[task].speed
-            bar.update(
-                task,
-                completed=progress.images,
-                total=progress.total,
-                errors=progress.errors,
-                rate=f"{speed:.0f}" if speed else "-",
-            )
-
-        yield show
 
 
 def _show_summary(table: Path, summary: BatchSummary) -> None:

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+# What shells say of a command that Ctrl-C ended: 128 and the signal's number.
+INTERRUPTED = 130
+
 Address = Annotated[
     str,
     typer.Option(

@@ -440,18 +440,46 @@ def test_a_folder_that_cannot_be_written(repository, images, tmp_path):
     assert left_in(tmp_path) == {"images"}
 
 
-def test_an_interrupt_ends_at_once_and_keeps_what_is_done(repository, tmp_path):
+# A signal from outside could come before the first part or after the last.
+INTERRUPTED_AT_THE_THIRD_PART = """
+import os, signal
+from clients.__main__ import main
+from clients.batch.parts import PartFolder
+
+append, parts = PartFolder.append, []
+
+def append_and_interrupt(self, rows, tally):
+    append(self, rows, tally)
+    parts.append(rows)
+    if len(parts) == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+
+PartFolder.append = append_and_interrupt
+main()
+"""
+
+
+@pytest.mark.parametrize("engine", ["local", "grpc"])
+def test_an_interrupt_is_one_line_and_the_same_command_goes_on(
+    repository, server, tmp_path, engine
+):
     folder, out = tmp_path / "images", tmp_path / "out.csv"
-    expected = write_images(folder, digit_files(repository), 3000)
-    command = [sys.executable, "-m", "clients", "batch", str(folder), "--out", str(out)]
-    command += ["--engine", "local", "--repository", str(repository), "--part-size", "50"]
-    journal = tmp_path / "out.csv.parts" / "journal"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and not journal.exists():
-            time.sleep(0.002)
-        process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in stderr
-    assert run_module("clients", *command[3:]).returncode == 0
+    expected = write_images(folder, digit_files(repository), 600)
+    command = ["batch", str(folder), "--out", str(out), "--engine", engine, "--part-size", "50"]
+    command += ["--repository", str(repository), "--address", server.address]
+    interrupted = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_AT_THE_THIRD_PART, *command],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert interrupted.returncode == 130
+    assert interrupted.stderr.split("\n") == [
+        "convoy-client: interrupted; the same command goes on where it was",
+        "",
+    ]
+    again = run_module("clients", *command)
+    assert again.returncode == 0, again.stderr
+    assert "done earlier" in again.stdout
     assert [row["path"] for row in read_rows(out)] == expected
