@@ -129,9 +129,10 @@ def test_calls_go_round_several_servers_and_around_a_dead_one():
         with Client(both) as client:
             while not (first.calls and second.calls):  # until both are connected
                 client.classify(b"x")
+            before = first.calls, second.calls
             for _ in range(40):
                 client.classify(b"x")
-        assert min(first.calls, second.calls) >= 15
+        assert min(first.calls - before[0], second.calls - before[1]) >= 15
         seen = first.calls
         with Client(f"{first.address},127.0.0.1:1") as client:
             for _ in range(20):
@@ -150,7 +151,7 @@ def test_a_restarted_server_is_found_again():
     again.add_insecure_port(port)
     again.start()
     try:
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while time.monotonic() < deadline_s:
             try:
                 client.classify(b"x")

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -89,17 +90,23 @@ def test_a_slow_answer_is_a_passed_deadline_and_a_full_queue_is_overload(reposit
     pixels = np.zeros((32, 32, 3), np.uint8)
     with (
         running_server(repository, *flags) as server,
-        Client(server.address, timeout_s=3) as patient,
+        Client(server.address, timeout_s=10) as patient,
         Client(server.address, timeout_s=1) as second,
         ThreadPoolExecutor(1) as pool,
     ):
         waiting = pool.submit(patient.classify, pixels)
-        time.sleep(0.5)
+        while 'convoy_queued_images{model="digits",version="1"} 1.0' not in metrics_of(server):
+            time.sleep(0.01)
         # Retried by gRPC until its attempts are spent, which takes less than the deadline.
         with pytest.raises((OverloadedError, DeadlineExceededError)):
             second.classify(pixels)
         with pytest.raises(DeadlineExceededError):
             waiting.result()
+
+
+def metrics_of(server):
+    with urllib.request.urlopen(f"{server.http}/metrics") as reply:
+        return reply.read().decode()
 
 
 def test_a_client_is_shared_between_threads(server, golden):

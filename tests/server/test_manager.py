@@ -364,7 +364,7 @@ async def test_a_run_that_hangs_makes_its_model_not_ready(publish, tmp_path, mon
 
     monkeypatch.setattr(OnnxBackend, "run", run_or_hang)
     publish()
-    live = Live(tmp_path / "models", hang_timeout_s=0.1)
+    live = Live(tmp_path / "models", hang_timeout_s=2.0)
     await live.manager.start()
     model = live.catalogue.find("colours")
     await model.batcher.infer(IMAGE)

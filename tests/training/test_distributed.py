@@ -13,7 +13,6 @@ ARGUMENTS = ("--model", "net", "--epochs", "2", "--set", "l2=1e-4", "--set", "fl
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-@pytest.mark.timeout(300)
 def test_two_processes_follow_the_loss_curve_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
