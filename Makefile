@@ -5,7 +5,7 @@ UV_VERSION := 0.13.9
 PARTS := server training export clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test ray-test soak compose-test lint fmt proto lock clean
+.PHONY: help demo bench test ray-test torch-test soak compose-test lint fmt proto lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,6 +27,17 @@ test: .venv/.installed  ## run the tests
 ray-test: .venv/.installed  ## run the tests of the ray engine on a cluster of two local nodes
 	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet --editable '.[ray]'
 	$(BIN)/pytest tests/clients/test_batch_ray.py
+
+TORCH ?= 2.11
+TESTS ?= tests/export
+torch-test: .venv/.installed  ## run TESTS under another release of torch: TORCH=2.11 is the oldest
+	test -x build/torch-$(TORCH)/bin/python || $(BIN)/uv venv --quiet build/torch-$(TORCH)
+	# All else as locked, but what torch chooses: torchvision, triton, CUDA, setuptools with its user.
+	$(BIN)/uv pip freeze --exclude-editable | \
+	  grep -vE '^(torch|torchvision|triton|nvidia-.*|cuda-.*|setuptools|hdrhistogram)==' > build/torch-$(TORCH)/locked.txt
+	VIRTUAL_ENV=$(CURDIR)/build/torch-$(TORCH) UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet \
+	  --constraint build/torch-$(TORCH)/locked.txt --group dev --editable '.[all]' 'torch==$(TORCH).*'
+	build/torch-$(TORCH)/bin/pytest $(TESTS)
 
 MINUTES ?= 10
 soak: .venv/.installed  ## minutes of load with cancels and swaps; memory must stay flat
