@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 
 import onnx
@@ -14,10 +15,18 @@ from export.errors import UnsupportedNetError, one_line
 from export.servable import INPUT_NAME, Images, Outputs, Run, Servable
 
 BATCH_AXIS = "batch"
+MAX_FILE_BYTES = 2**31 - 1
+"""What protobuf, and so ONNX, can hold in one file."""
+# The graph's nodes and names; its weights are what makes a file large.
+_GRAPH_BYTES = 16 * 1024 * 1024
 
 
 def write(
-    servable: Servable, example: Tensor, path: Path, description: Mapping[str, object]
+    servable: Servable,
+    example: Tensor,
+    path: Path,
+    description: Mapping[str, object],
+    max_bytes: int = MAX_FILE_BYTES,
 ) -> None:
     """Exports a servable by torch.export, in one file, and has the graph checked.
 
@@ -26,10 +35,13 @@ def write(
         example: Images to export with `[2, H, W, 3]` uint8: a batch of one could become a constant.
         path: Where the file goes.
         description: Metadata of the graph; values that are no strings are written as JSON.
+        max_bytes: What the file may hold.
 
     Raises:
-        UnsupportedNetError: ONNX cannot express the net, or not with a free batch axis.
+        UnsupportedNetError: ONNX cannot express the net, not with a free batch axis, or not in one
+            file.
     """
+    _check_size(path, _weights_bytes(servable), max_bytes)
     try:
         program = torch.onnx.export(
             servable,
@@ -55,6 +67,20 @@ def write(
     )
     program.save(path, external_data=False)
     check(path)
+
+
+def _weights_bytes(servable: Servable) -> int:
+    return sum(tensor.nbytes for tensor in chain(servable.parameters(), servable.buffers()))
+
+
+def _check_size(path: Path, weights_bytes: int, max_bytes: int) -> None:
+    """Refuses before the export, which takes minutes at this size, and would split the file."""
+    room = max_bytes - _GRAPH_BYTES
+    if weights_bytes > room:
+        raise UnsupportedNetError(
+            f"{path.name}: weights: expected at most {room} bytes, which ONNX can hold in one file, "
+            f"got {weights_bytes}; --format torchscript and exported-program have no such bound"
+        )
 
 
 def _first_cause(error: BaseException) -> BaseException:
