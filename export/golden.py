@@ -1,37 +1,30 @@
 """Golden samples: real inputs that travel with a version, so that a server can check it at load."""
 
-import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from export.proof import Expectation
-from export.servable import Images
-
-COUNT = 16
 
 
-def write(path: Path, expected: Expectation) -> int:
-    """Writes COUNT real samples with the eager net's logits, and returns how many there are.
+def write(path: Path, expected: Expectation, pictures: Sequence[bytes]) -> int:
+    """Writes pictures as tensors and as files, with the eager net's logits; returns their number.
 
     The arrays are those that the manifest's GoldenSamples message lists; none needs pickle.
+
+    Args:
+        path: The .npz file.
+        expected: Its last real samples are what the pictures decode to.
+        pictures: Image files.
     """
-    rows = np.unique(np.linspace(0, expected.real_count - 1, num=COUNT, dtype=np.int64))
-    images = expected.images[rows]
-    files = [_encode_png(image) for image in images]
+    rows = slice(expected.real_count - len(pictures), expected.real_count)
     np.savez(
         path,
-        images=images,  # [n, H, W, 3] uint8
+        images=expected.images[rows],  # [n, H, W, 3] uint8
         logits=expected.outputs.logits[rows],  # [n, K] float32
         labels=expected.labels[rows],  # [n] int64
-        encoded=np.frombuffer(b"".join(files), np.uint8),
-        encoded_offsets=np.cumsum([0, *map(len, files)], dtype=np.int64),  # [n + 1]
+        encoded=np.frombuffer(b"".join(pictures), np.uint8),
+        encoded_offsets=np.cumsum([0, *map(len, pictures)], dtype=np.int64),  # [n + 1]
     )
-    return len(rows)
-
-
-def _encode_png(image: Images) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return len(pictures)

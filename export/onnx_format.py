@@ -78,7 +78,7 @@ def _check_size(path: Path, weights_bytes: int, max_bytes: int) -> None:
     room = max_bytes - _GRAPH_BYTES
     if weights_bytes > room:
         raise UnsupportedNetError(
-            f"{path.name}: weights: expected at most {room} bytes, which ONNX can hold in one file, "
+            f"{path.name}: weights: expected at most {room} bytes, as ONNX can hold in one file, "
             f"got {weights_bytes}; --format torchscript and exported-program have no such bound"
         )
 

@@ -93,7 +93,7 @@ def export(
         workbench = _Workbench(source, target.name, staged, expected, proof_data.calibration.images)
         artefacts = [workbench.make(variant, options) for variant in options.variants]
         samples = staged / manifest.SAMPLES_NAME
-        count = golden.write(samples, expected)
+        count = golden.write(samples, expected, proof_data.pictures)
         page = staged / manifest.REPORT_NAME
         report.write(page, target.name, source, expected, artefacts)
         described = manifest.build(

@@ -1,19 +1,23 @@
 """The images that a model is proved on: real ones of its own data, and hostile ones."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from export.errors import InputError, one_line
 from export.servable import Images
 from training.data import ImageSet, Preprocessing, load_data
+from training.data.images import preprocess
 from training.errors import TrainingError
 
 MIN_REAL_SAMPLES = 256
 MAX_REAL_SAMPLES = 512
 CALIBRATION_SAMPLES = 512
+PICTURES = 16
 _SEED = 0
 
 
@@ -22,15 +26,17 @@ class Samples:
     """Real images of a model's own data.
 
     Attributes:
-        real: Images for the proof: validation images and, where those are too few, training images
-            behind them.
+        real: Images for the proof: validation images; where those are too few, training images
+            behind them; last those that the pictures decode to.
         validation_count: How many of real are validation images.
         calibration: Training images that are not in real.
+        pictures: Image files, of a validation image each.
     """
 
     real: ImageSet
     validation_count: int
     calibration: ImageSet
+    pictures: tuple[bytes, ...]
 
     @property
     def validation(self) -> ImageSet:
@@ -62,11 +68,35 @@ def load_samples(spec: str, classes: Sequence[str], preprocessing: Preprocessing
     training_rows = np.arange(len(dataset.train))
     more = _spread(len(training_rows), max(0, MIN_REAL_SAMPLES - len(validation)))
     rest = np.delete(training_rows, more)
+    chosen = validation.take(_spread(len(validation), PICTURES))
+    pictures = tuple(map(encode_picture, chosen.images))
     return Samples(
-        real=_join(validation, dataset.train.take(more)),
+        real=_join(
+            validation,
+            dataset.train.take(more),
+            ImageSet(_decode(pictures, preprocessing), chosen.labels),
+        ),
         validation_count=len(validation),
         calibration=dataset.train.take(rest[_spread(len(rest), CALIBRATION_SAMPLES)]),
+        pictures=pictures,
     )
+
+
+def encode_picture(image: Images) -> bytes:
+    """Makes an image file of `[H, W, 3]`, of another size: who decodes it has to resize it."""
+    height_px, width_px = image.shape[:2]
+    larger_px = (width_px * 5 // 4 + 1, height_px * 4 // 3 + 1)
+    buffer = io.BytesIO()
+    Image.fromarray(image).resize(larger_px, Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _decode(pictures: Sequence[bytes], preprocessing: Preprocessing) -> Images:
+    decoded = []
+    for file in pictures:
+        with Image.open(io.BytesIO(file)) as picture:
+            decoded.append(preprocess(picture, preprocessing))
+    return np.stack(decoded)
 
 
 def hostile(height_px: int, width_px: int) -> dict[str, Images]:
@@ -88,7 +118,8 @@ def _spread(length: int, count: int) -> NDArray[np.int64]:
     return np.linspace(0, length - 1, num=min(count, length), dtype=np.int64)
 
 
-def _join(first: ImageSet, second: ImageSet) -> ImageSet:
+def _join(*parts: ImageSet) -> ImageSet:
     return ImageSet(
-        np.concatenate([first.images, second.images]), np.concatenate([first.labels, second.labels])
+        np.concatenate([part.images for part in parts]),
+        np.concatenate([part.labels for part in parts]),
     )

@@ -2,12 +2,10 @@
 
 import asyncio
 import time
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -15,11 +13,18 @@ from server.backends import Backend, load_backend
 from server.backends.devices import Device
 from server.batch_metrics import BatchFamilies
 from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
-from server.errors import GoldenSamplesError, GraphError, RepositoryError, VerificationError
-from server.manifest import ArtefactFormat, Manifest, TensorSpec, read_manifest
+from server.errors import GraphError, RepositoryError
+from server.golden import GoldenSamples, check_answers, check_decoding, read_golden_samples
+from server.manifest import (
+    ArtefactFormat,
+    Manifest,
+    TensorSpec,
+    parse_manifest,
+    read_manifest_bytes,
+)
 from server.metrics import RequestMetrics, RunsOn, ServerMetrics
 from server.observers import BatchObservers
-from server.repository import ModelVersion
+from server.repository import ModelVersion, VerifiedFile
 from server.signing import verify_signature
 from server.statistics import ModelStatistics
 from server.warmup import warm_up
@@ -133,7 +138,9 @@ class ModelLoader:
     def load(self, folder: Path) -> ServedModel:
         """Loads the version in a folder NAME/VERSION.
 
-        Manifest, signature, digests, graph, warm-up and golden samples are checked in this order.
+        Manifest, signature, digests, golden pictures, graph, warm-up and golden answers are checked
+        in this order. Every file is read once, so what was checked is what runs, whatever is
+        written meanwhile.
 
         Raises:
             RepositoryError: One of them is not as it should be; the class tells which.
@@ -141,20 +148,16 @@ class ModelLoader:
         """
         options = self._options
         started_s = time.monotonic()
-        version = ModelVersion(folder, read_manifest(folder))
-        manifest = version.manifest
-        artefact = manifest.artefact(options.format)
-        if options.public_key:
-            verify_signature(folder, options.public_key)
-        version.verify_files()
-        path = folder / artefact.file.name
-        backend = load_backend(options.format, path, options.device, options.threads)
+        manifest, file, golden = self._read(folder)
+        backend = load_backend(options.format, file, options.device, options.threads)
+        # The runtime has made its own of it, and warming up takes memory too.
+        del file
         _check_graph(backend, manifest)
         warming_s = time.monotonic()
         latency = _warm_up(backend, manifest, options.limits.max_batch_size)
         limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
         warmup_s = time.monotonic() - warming_s
-        _check_golden_samples(backend, manifest, folder / manifest.samples.name, artefact.tolerance)
+        check_answers(golden, backend, manifest, manifest.artefact(options.format).tolerance)
         observer = self._batches.observer(manifest, limits)
         statistics = ModelStatistics()
         batcher = DynamicBatcher(
@@ -178,6 +181,17 @@ class ModelLoader:
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
         return ServedModel(manifest, options.format, backend, batcher, requests, statistics)
+
+    def _read(self, folder: Path) -> tuple[Manifest, VerifiedFile, GoldenSamples]:
+        manifest_bytes = read_manifest_bytes(folder)
+        manifest = parse_manifest(folder, manifest_bytes)
+        artefact = manifest.artefact(self._options.format)
+        if self._options.public_key:
+            verify_signature(folder, manifest_bytes, self._options.public_key)
+        file, samples = ModelVersion(folder, manifest).read_files(artefact.file, manifest.samples)
+        golden = read_golden_samples(samples, manifest)
+        check_decoding(golden, manifest)
+        return manifest, file, golden
 
 
 def _check_graph(backend: Backend, manifest: Manifest) -> None:
@@ -205,39 +219,3 @@ def _warm_up(backend: Backend, manifest: Manifest, max_batch_size: int) -> Laten
         raise RepositoryError(
             f"model {manifest.name!r} version {manifest.version}: it cannot run a batch of zeros"
         ) from error
-
-
-def _check_golden_samples(
-    backend: Backend, manifest: Manifest, samples: Path, tolerance: float
-) -> None:
-    """Compares the answers on this device with those of the net that was exported."""
-    where = f"model {manifest.name!r} version {manifest.version}"
-    try:
-        # Opened here, since np.load leaves a damaged archive open.
-        with samples.open("rb") as file, np.load(file, allow_pickle=False) as golden:
-            images, expected = golden["images"], golden["logits"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise VerificationError(
-            f"{where}: {samples.name}: expected arrays images and logits"
-        ) from error
-    shape, classes = manifest.sample_shape, len(manifest.labels)
-    if images.dtype != np.uint8 or images.shape[1:] != shape or len(images) == 0:
-        raise VerificationError(
-            f"{where}: {samples.name}: images: expected uint8 [n, {shape[0]}, {shape[1]}, 3], "
-            f"got {images.dtype} {list(images.shape)}"
-        )
-    logits = backend.run(images).logits
-    # Checked before the subtraction, which would stretch a row or a column to fit.
-    if not logits.shape == expected.shape == (len(images), classes):
-        raise GoldenSamplesError(
-            f"{where}: logits of {len(images)} golden samples: expected "
-            f"{[len(images), classes]} as the manifest says, recorded {list(expected.shape)}, "
-            f"got {list(logits.shape)}"
-        )
-    difference = float(np.abs(logits - expected).max())
-    # The negation also catches NaN.
-    if not difference <= tolerance:
-        raise GoldenSamplesError(
-            f"{where}: logits of the golden samples differ by {difference:.2g} on "
-            f"{backend.device}, expected at most {tolerance:.2g}"
-        )

@@ -4,7 +4,6 @@ Both are messages of proto/convoy/v1/model_manifest.proto, written as JSON.
 """
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -14,6 +13,7 @@ from google.protobuf import json_format
 
 from convoy.v1 import model_manifest_pb2 as pb
 from server.errors import ManifestError
+from server.files import open_plain
 from server.policy import Promotion
 
 MANIFEST_NAME = "manifest.json"
@@ -148,16 +148,36 @@ def read_manifest(version_dir: Path) -> Manifest:
     Raises:
         ManifestError: It is missing, malformed, of another schema, or describes another version.
     """
-    where = f"model {version_dir.parent.name!r} version {version_dir.name}"
+    return parse_manifest(version_dir, read_manifest_bytes(version_dir))
+
+
+def read_manifest_bytes(version_dir: Path) -> bytes:
+    """Returns what a signature is made over.
+
+    Raises:
+        ManifestError: The manifest is missing, or larger than any is.
+    """
     try:
-        message = json_format.ParseDict(_read_json(version_dir / MANIFEST_NAME), pb.ModelManifest())
-        manifest = _convert(message)
-    except (OSError, ValueError, json_format.ParseError) as error:
-        raise ManifestError(f"{where}: {MANIFEST_NAME}: {_one_line(error)}") from error
+        return _read_small(version_dir / MANIFEST_NAME)
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{_where(version_dir)}: {_one_line(error)}") from error
+
+
+def parse_manifest(version_dir: Path, content: bytes) -> Manifest:
+    """Checks the bytes of a manifest that was read from a folder NAME/VERSION.
+
+    Raises:
+        ManifestError: It is malformed, of another schema, or describes another version.
+    """
+    where = _where(version_dir)
+    try:
+        manifest = _convert(json_format.ParseDict(_parse_json(content), pb.ModelManifest()))
+    except (ValueError, json_format.ParseError) as error:
+        raise ManifestError(f"{where}: {_one_line(error)}") from error
     found = (manifest.name, str(manifest.version))
     if found != (version_dir.parent.name, version_dir.name):
         raise ManifestError(
-            f"{where}: {MANIFEST_NAME} describes model {manifest.name!r} version {manifest.version}"
+            f"{where}: it describes model {manifest.name!r} version {manifest.version}"
         )
     return manifest
 
@@ -170,7 +190,7 @@ def read_policy(model_dir: Path) -> Promotion | None:
     """
     path = model_dir / POLICY_NAME
     try:
-        policy = json_format.ParseDict(_read_json(path), pb.ServingPolicy())
+        policy = json_format.ParseDict(_parse_json(_read_small(path)), pb.ServingPolicy())
         _check_schema(policy.schema_version)
     except FileNotFoundError:
         return None
@@ -185,12 +205,19 @@ def _check_schema(found: int) -> None:
         raise ValueError(f"schema_version: expected {SCHEMA_VERSION}, got {found}")
 
 
-def _read_json(path: Path) -> dict[str, object]:
-    # A link could lead out of the repository.
-    with open(path, "rb", opener=_open_no_link) as file:
+def _where(version_dir: Path) -> str:
+    return f"model {version_dir.parent.name!r} version {version_dir.name}: {MANIFEST_NAME}"
+
+
+def _read_small(path: Path) -> bytes:
+    with open_plain(path) as file:
         content = file.read(MAX_MANIFEST_BYTES + 1)
     if len(content) > MAX_MANIFEST_BYTES:
         raise ValueError(f"expected at most {MAX_MANIFEST_BYTES} bytes")
+    return content
+
+
+def _parse_json(content: bytes) -> dict[str, object]:
     try:
         values = json.loads(content)
     except RecursionError:
@@ -198,11 +225,6 @@ def _read_json(path: Path) -> dict[str, object]:
     if not isinstance(values, dict):
         raise ValueError("expected a JSON object")
     return values
-
-
-def _open_no_link(path: str, flags: int) -> int:
-    # Not blocking, so that a pipe in the place of the file cannot hold up the server.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _convert(message: pb.ModelManifest) -> Manifest:

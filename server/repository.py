@@ -7,11 +7,14 @@ written has another name (export renames it when every byte is there), so it is 
 import hashlib
 import os
 import re
-import stat
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 
 from server.errors import RepositoryError, VerificationError
+from server.files import open_plain
 from server.manifest import MANIFEST_NAME, POLICY_NAME, FileRecord, Manifest, read_policy
 from server.policy import Promotion
 
@@ -23,41 +26,76 @@ Fingerprint = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
+class VerifiedFile:
+    """A file's bytes, which are those that the manifest vouches for."""
+
+    name: str
+    content: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelVersion:
     """A version in the repository whose manifest was read."""
 
     folder: Path
     manifest: Manifest
 
-    def verified_file(self, record: FileRecord) -> Path:
-        """Returns the path of a file after comparing its content with the manifest.
+    def read_files(self, *wanted: FileRecord) -> tuple[VerifiedFile, ...]:
+        """Reads those that are loaded, and compares all others with the manifest as well.
+
+        Raises:
+            VerificationError: A file is missing, no plain file, or its content differs.
+        """
+        for record in self.manifest.files:
+            if record not in wanted:
+                self.verify(record)
+        return tuple(map(self.read, wanted))
+
+    def read(self, record: FileRecord) -> VerifiedFile:
+        """Reads a file whole and compares what was read with the manifest.
+
+        Whoever loads from these bytes loads what was verified, whatever is written meanwhile.
 
         Raises:
             VerificationError: The file is missing, no plain file, or its content differs.
         """
-        path = self.folder / record.name
-        where = f"model {self.manifest.name!r} version {self.manifest.version}: {record.name}"
-        try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                raise VerificationError(f"{where}: expected a plain file")
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise VerificationError(f"{where}: {error.strerror}") from error
-        if digest != record.sha256:
-            raise VerificationError(
-                f"{where}: expected SHA-256 {record.sha256[:12]}…, got {digest[:12]}…"
-            )
-        return path
+        with self._opened(record) as file:
+            content = file.read(record.size_bytes)
+        self._compare(record, hashlib.sha256(content).hexdigest())
+        return VerifiedFile(record.name, content)
 
-    def verify_files(self) -> None:
-        """Compares every file with the manifest, those that are not loaded too.
+    def verify(self, record: FileRecord) -> None:
+        """Compares a file that nobody loads with the manifest.
 
         Raises:
-            VerificationError: One is missing, no plain file, or its content differs.
+            VerificationError: The file is missing, no plain file, or its content differs.
         """
-        for record in self.manifest.files:
-            self.verified_file(record)
+        with self._opened(record) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._compare(record, digest)
+
+    @contextmanager
+    def _opened(self, record: FileRecord) -> Iterator[BufferedReader]:
+        try:
+            with open_plain(self.folder / record.name) as file:
+                found_bytes = os.fstat(file.fileno()).st_size
+                if found_bytes != record.size_bytes:
+                    raise VerificationError(
+                        f"{self._where(record)}: expected {record.size_bytes} bytes, "
+                        f"got {found_bytes}"
+                    )
+                yield file
+        except OSError as error:
+            raise VerificationError(f"{self._where(record)}: {error.strerror}") from error
+
+    def _compare(self, record: FileRecord, digest: str) -> None:
+        if digest != record.sha256:
+            raise VerificationError(
+                f"{self._where(record)}: expected SHA-256 {record.sha256[:12]}…, got {digest[:12]}…"
+            )
+
+    def _where(self, record: FileRecord) -> str:
+        return f"model {self.manifest.name!r} version {self.manifest.version}: {record.name}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from server.errors import SignatureError, StartupError
+from server.files import open_plain
 from server.manifest import MANIFEST_NAME
 
 SIGNATURE_NAME = "manifest.sig"
+_SIGNATURE_BYTES = 64
 
 
 def read_public_key(path: Path) -> Ed25519PublicKey:
@@ -34,11 +36,12 @@ def read_public_key(path: Path) -> Ed25519PublicKey:
     return key
 
 
-def verify_signature(version_folder: Path, public_key: Ed25519PublicKey) -> None:
+def verify_signature(version_folder: Path, manifest: bytes, public_key: Ed25519PublicKey) -> None:
     """Checks that the manifest of a version was signed with the private half of a key.
 
     Args:
-        version_folder: NAME/VERSION, with manifest.json and manifest.sig.
+        version_folder: NAME/VERSION, with manifest.sig.
+        manifest: The bytes of manifest.json that the version is loaded by.
         public_key: Whose signature is required.
 
     Raises:
@@ -46,8 +49,9 @@ def verify_signature(version_folder: Path, public_key: Ed25519PublicKey) -> None
     """
     where = f"model {version_folder.parent.name!r} version {version_folder.name}"
     try:
-        signature = (version_folder / SIGNATURE_NAME).read_bytes()
-        public_key.verify(signature, (version_folder / MANIFEST_NAME).read_bytes())
+        with open_plain(version_folder / SIGNATURE_NAME) as file:
+            signature = file.read(_SIGNATURE_BYTES + 1)
+        public_key.verify(signature, manifest)
     except OSError as error:
         raise SignatureError(
             f"{where}: {SIGNATURE_NAME}: a signature is required: {error.strerror}"

@@ -1,10 +1,10 @@
 """What runs a batch: one module a runtime, imported only when it is asked for."""
 
-from pathlib import Path
 from typing import Protocol
 
 from server.backends.devices import Device
 from server.manifest import ArtefactFormat, TensorSpec
+from server.repository import VerifiedFile
 from server.requests import Images, Outputs
 
 
@@ -36,12 +36,14 @@ class Backend(Protocol):
         """
 
 
-def load_backend(format_: ArtefactFormat, path: Path, device: Device, threads: int) -> Backend:
+def load_backend(
+    format_: ArtefactFormat, file: VerifiedFile, device: Device, threads: int
+) -> Backend:
     """Loads an artefact.
 
     Args:
         format_: Which runtime to use.
-        path: The artefact's file.
+        file: The artefact.
         device: Where to run; a device that is not usable is an error, never a silent fall-back.
         threads: CPU threads for one batch.
 
@@ -53,16 +55,16 @@ def load_backend(format_: ArtefactFormat, path: Path, device: Device, threads: i
         case ArtefactFormat.ONNX:
             from server.backends.onnx import OnnxBackend
 
-            return OnnxBackend(path, device, threads)
+            return OnnxBackend(file, device, threads)
         case ArtefactFormat.TORCHSCRIPT:
             from server.backends.torchscript import TorchScriptBackend
 
-            return TorchScriptBackend(path, device, threads)
+            return TorchScriptBackend(file, device, threads)
         case ArtefactFormat.EXPORTED_PROGRAM:
             from server.backends.exported_program import ExportedProgramBackend
 
-            return ExportedProgramBackend(path, device, threads)
+            return ExportedProgramBackend(file, device, threads)
         case ArtefactFormat.AOT_INDUCTOR:
             from server.backends.aot_inductor import AotInductorBackend
 
-            return AotInductorBackend(path, device, threads)
+            return AotInductorBackend(file, device, threads)

@@ -3,6 +3,7 @@
 Loading one runs what it holds: only the SHA-256 in a manifest of trusted origin vouches for it.
 """
 
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from server.backends.devices import Device
 from server.backends.torch_run import run_module
 from server.errors import DeviceError, RepositoryError
 from server.manifest import TensorSpec
+from server.repository import VerifiedFile
 from server.requests import Images, Outputs
 
 _CPU_CAPABILITY = "cpu_capability"
@@ -25,15 +27,19 @@ class AotInductorBackend:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
+    def __init__(self, file: VerifiedFile, device: Device, threads: int) -> None:
         if device.kind != "cpu":
             raise DeviceError(f"device {device}: AOTInductor packages are compiled for the CPU")
         torch.set_num_threads(threads)
-        _check_processor(path)
-        try:
-            self._module = torch._inductor.aoti_load_package(str(path))
-        except RuntimeError as error:
-            raise RepositoryError(f"{path.name}: torch cannot load it") from error
+        # torch takes a package by its path only: a folder that nobody else may write to.
+        with tempfile.TemporaryDirectory(prefix="convoy-") as folder:
+            path = Path(folder) / file.name
+            path.write_bytes(file.content)
+            _check_processor(path)
+            try:
+                self._module = torch._inductor.aoti_load_package(str(path))
+            except RuntimeError as error:
+                raise RepositoryError(f"{file.name}: torch cannot load it") from error
         self.device = str(device)
         self.provider = "aot-inductor-cpu"
 

@@ -1,7 +1,7 @@
 """torch.export's archives (.pt2), TorchScript's successor, on CPU or CUDA."""
 
+import io
 import warnings
-from pathlib import Path
 
 import torch
 from torch.export.passes import move_to_device_pass
@@ -10,6 +10,7 @@ from server.backends.devices import Device
 from server.backends.torch_run import run_module
 from server.errors import DeviceError, RepositoryError
 from server.manifest import TensorSpec
+from server.repository import VerifiedFile
 from server.requests import Images, Outputs
 
 
@@ -21,7 +22,7 @@ class ExportedProgramBackend:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
+    def __init__(self, file: VerifiedFile, device: Device, threads: int) -> None:
         if device.kind == "cuda" and not torch.cuda.is_available():
             raise DeviceError(f"device {device}: torch cannot use CUDA here")
         torch.set_num_threads(threads)
@@ -30,10 +31,10 @@ class ExportedProgramBackend:
             with warnings.catch_warnings():
                 # torch 2.11 warns about how it reads its own file.
                 warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                program = torch.export.load(path)
+                program = torch.export.load(io.BytesIO(file.content))
         # What is thrown at a broken archive depends on how it is broken.
         except Exception as error:
-            raise RepositoryError(f"{path.name}: torch cannot load it") from error
+            raise RepositoryError(f"{file.name}: torch cannot load it") from error
         # The graph names the device that it was exported on.
         self._module = move_to_device_pass(program, self._device).module()
         self.device = str(device)

@@ -1,7 +1,6 @@
 """ONNX Runtime on CPU or CUDA."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import onnxruntime as ort
@@ -10,6 +9,7 @@ from server.backends.devices import Device
 from server.backends.onnx_file import check_self_contained
 from server.errors import DeviceError, DeviceMemoryError, RepositoryError
 from server.manifest import TensorSpec
+from server.repository import VerifiedFile
 from server.requests import Images, Outputs
 
 _CPU_PROVIDER = "CPUExecutionProvider"
@@ -24,15 +24,15 @@ class OnnxBackend:
 
     platform = "onnx_onnxv1"
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
-        check_self_contained(path)
+    def __init__(self, file: VerifiedFile, device: Device, threads: int) -> None:
+        check_self_contained(file)
         if device.kind == "cuda":
             # Finds the CUDA libraries that came as Python packages.
             ort.preload_dlls()
         wanted = _CUDA_PROVIDER if device.kind == "cuda" else _CPU_PROVIDER
         try:
             self._session = ort.InferenceSession(
-                path, _session_options(device, threads), providers=_providers(device)
+                file.content, _session_options(device, threads), providers=_providers(device)
             )
         except Exception as error:
             # onnxruntime has no common exception type; its messages hold paths and stay in the log.
@@ -40,7 +40,11 @@ class OnnxBackend:
                 raise DeviceError(
                     f"device {device}: ONNX Runtime cannot run the model there"
                 ) from error
-            raise RepositoryError(f"{path.name}: ONNX Runtime cannot load it") from error
+            raise RepositoryError(f"{file.name}: ONNX Runtime cannot load it") from error
+        # A run that fails on the device shall fail: by default it is tried again on the CPU, for
+        # which the session would keep the file's bytes for good.
+        self._session.disable_fallback()
+        self._session._model_bytes = None
         self.provider = str(self._session.get_providers()[0])
         # A failed provider does not raise: the session silently holds another one.
         if self.provider != wanted:

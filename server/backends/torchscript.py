@@ -1,7 +1,7 @@
 """TorchScript on CPU or CUDA."""
 
+import io
 import warnings
-from pathlib import Path
 
 import torch
 
@@ -9,6 +9,7 @@ from server.backends.devices import Device
 from server.backends.torch_run import run_module
 from server.errors import DeviceError, RepositoryError
 from server.manifest import TensorSpec
+from server.repository import VerifiedFile
 from server.requests import Images, Outputs
 
 
@@ -20,7 +21,7 @@ class TorchScriptBackend:
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
 
-    def __init__(self, path: Path, device: Device, threads: int) -> None:
+    def __init__(self, file: VerifiedFile, device: Device, threads: int) -> None:
         if device.kind == "cuda" and not torch.cuda.is_available():
             raise DeviceError(f"device {device}: torch cannot use CUDA here")
         torch.set_num_threads(threads)
@@ -31,9 +32,9 @@ class TorchScriptBackend:
             with warnings.catch_warnings():
                 # torch.jit is deprecated but stays a format that is served.
                 warnings.filterwarnings("ignore", message=r"`torch\.jit")
-                module = torch.jit.load(path, map_location=self._device)  # type: ignore[no-untyped-call]
+                module = torch.jit.load(io.BytesIO(file.content), map_location=self._device)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise RepositoryError(f"{path.name}: torch cannot load it") from error
+            raise RepositoryError(f"{file.name}: torch cannot load it") from error
         self._module = module.eval()
         self.device = str(device)
         self.fixed_shapes = device.kind == "cuda"

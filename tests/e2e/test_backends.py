@@ -1,11 +1,20 @@
 """The same published version served by each backend."""
 
+import shutil
+
 import grpc
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
+from server import loading
+from server.backends import load_backend
+from server.backends.devices import Device
+from server.batcher import BatchingLimits
+from server.manifest import ArtefactFormat
+from server.metrics import ServerMetrics
 from tests.processes import ServerProcess, running_server
 
 
@@ -40,3 +49,24 @@ def test_each_backend_serves_the_logits_of_the_eager_net(repository, backend, pl
             metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name="digits"))
     assert metadata.platform == platform
     assert dict(metadata.properties) == {"device": "cpu", "provider": provider}
+
+
+@pytest.mark.parametrize("backend", ["onnx", "torchscript", "exported-program"])
+def test_each_backend_loads_what_was_verified_though_the_files_change_meanwhile(
+    repository, tmp_path, monkeypatch, backend
+):
+    folder = tmp_path / "digits" / "1"
+    shutil.copytree(repository / "digits" / "1", folder)
+    with np.load(folder / "samples.npz", allow_pickle=False) as samples:
+        images, expected = samples["images"], samples["logits"]
+
+    def load_late(*arguments):
+        for path in folder.iterdir():
+            path.write_bytes(b"not what was verified")
+        return load_backend(*arguments)
+
+    monkeypatch.setattr(loading, "load_backend", load_late)
+    limits = BatchingLimits(max_batch_size=4, max_queue_size=16)
+    options = loading.LoadOptions(ArtefactFormat(backend), Device("cpu"), 1, limits)
+    model = loading.ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
+    np.testing.assert_allclose(model.backend.run(images).logits, expected, atol=1e-4)

@@ -22,4 +22,5 @@ def test_the_server_accepts_the_exporters_signature(checkpoint, tmp_path):
     flags = ["--repository", tmp_path, "--name", "digits", "--format", "torchscript"]
     done = run_module("export", checkpoint, *flags, "--sign-key", private)
     assert done.returncode == 0, done.stderr
-    verify_signature(tmp_path / "digits" / "1", read_public_key(public))
+    version = tmp_path / "digits" / "1"
+    verify_signature(version, (version / "manifest.json").read_bytes(), read_public_key(public))

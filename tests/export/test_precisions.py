@@ -17,7 +17,7 @@ from export.source import ModelSource
 from export.versions import golden_expectation, read_version, verify
 from tests.export.conftest import MEAN, PORTABLE_FORMATS, STD
 from training import nets
-from training.data import load_data
+from training.data import Preprocessing, load_data
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_calibration_shares_no_image_with_the_proof(samples: Samples) -> None:
 
 def test_test_images_are_neither_for_proof_nor_for_calibration() -> None:
     dataset = load_data("digits")
-    loaded = load_samples("digits", dataset.classes, None)
+    loaded = load_samples("digits", dataset.classes, Preprocessing())
     test = {image.tobytes() for image in dataset.test.images}
     used = np.concatenate([loaded.real.images, loaded.calibration.images])
     assert not test & {image.tobytes() for image in used}

@@ -17,7 +17,7 @@ from export.samples import Samples
 from export.source import ModelSource
 
 PARITY = Parity(
-    samples=261,
+    samples=277,
     validation_samples=249,
     batch_sizes=(1, 64),
     max_logit_difference=0.02,

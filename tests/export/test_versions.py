@@ -124,7 +124,7 @@ def test_the_commands_verify_and_show(
     assert run(monkeypatch, "verify", version) == 0
     assert "16 samples" in capsys.readouterr().out
     assert run(monkeypatch, "verify", version, "--checkpoint", tiny_checkpoint) == 0
-    assert "261 samples" in capsys.readouterr().out
+    assert "277 samples" in capsys.readouterr().out
     assert run(monkeypatch, "show", version) == 0
     assert "multiply-adds" in capsys.readouterr().out
     (version / "samples.npz").unlink()

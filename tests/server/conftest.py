@@ -1,6 +1,7 @@
 """A model version written by hand: the server must need nothing of export but the contract."""
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from server.manifest import SCHEMA_VERSION
 
@@ -44,6 +46,37 @@ def write_model(path: Path) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.save(model, path)
+
+
+def write_samples(path: Path) -> None:
+    """Writes eight pictures twice as high as the model's images, and what they are resized to."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 2 * HEIGHT, WIDTH, 3), np.uint8)
+    pictures = [Image.fromarray(each) for each in pixels]
+    resized = [each.resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR) for each in pictures]
+    images = np.stack([np.asarray(each) for each in resized])
+    files = [encode_png(each) for each in pictures]
+    np.savez(
+        path,
+        images=images,
+        logits=mean_colour_logits(images).astype("f4"),
+        encoded=np.frombuffer(b"".join(files), np.uint8),
+        encoded_offsets=np.cumsum([0, *map(len, files)]),
+    )
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def change_samples(folder: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    """Lets a function change the golden samples of a version, and seals it again."""
+    with np.load(folder / "samples.npz") as samples:
+        arrays = dict(samples)
+    change(arrays)
+    np.savez(folder / "samples.npz", **arrays)
+    seal(folder)
 
 
 def file_record(path: Path) -> dict[str, object]:
@@ -93,8 +126,7 @@ def publish_version(folder: Path) -> Path:
     """Writes a whole version into folder NAME/VERSION and returns it."""
     folder.mkdir(parents=True)
     write_model(folder / "model.onnx")
-    images = np.random.default_rng(0).integers(0, 256, (8, HEIGHT, WIDTH, 3), np.uint8)
-    np.savez(folder / "samples.npz", images=images, logits=mean_colour_logits(images).astype("f4"))
+    write_samples(folder / "samples.npz")
     seal(folder)
     return folder
 

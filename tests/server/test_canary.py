@@ -12,7 +12,7 @@ from server.canary import CanaryLimits, CanaryTrial, Verdict
 from server.errors import InferenceError, OverloadedError
 from server.manager import VersionState
 from server.requests import Outputs, Prediction
-from tests.server.conftest import mean_colour_logits, seal
+from tests.server.conftest import change_samples, mean_colour_logits, seal
 from tests.server.test_manager import Live, ended, promote, state
 
 LIMITS = CanaryLimits(share=0.5, requests=20, timeout_s=60, max_slowdown=1000)
@@ -29,11 +29,7 @@ def swap_red_and_blue(folder) -> None:
     gather = onnx.helper.make_node("Gather", ["swapped", "order"], ["logits"], axis=1)
     model.graph.node.insert(3, gather)
     onnx.save(model, folder / "model.onnx")
-    with np.load(folder / "samples.npz") as samples:
-        images = samples["images"]
-    logits = mean_colour_logits(images)[:, ::-1].astype("f4")
-    np.savez(folder / "samples.npz", images=images, logits=logits)
-    seal(folder)
+    change_samples(folder, lambda arrays: arrays.update(logits=arrays["logits"][:, ::-1]))
 
 
 def relabel(folder) -> None:

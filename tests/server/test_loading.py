@@ -1,13 +1,16 @@
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from onnx import NodeProto, TensorProto, helper
 from prometheus_client import CollectorRegistry
 
+from server import loading
 from server.backends import load_backend
 from server.backends.devices import Device, choose_device, count_cuda_devices, usable_cpus
 from server.backends.onnx import OnnxBackend
@@ -17,23 +20,37 @@ from server.errors import (
     GoldenSamplesError,
     GraphError,
     RepositoryError,
+    SignatureError,
     VerificationError,
 )
 from server.loading import LoadOptions, ModelLoader, ServedModel
 from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
-from tests.server.conftest import mean_colour_logits, seal
+from server.repository import VerifiedFile
+from server.signing import verify_signature
+from tests.server.conftest import (
+    HEIGHT,
+    WIDTH,
+    change_samples,
+    describe,
+    mean_colour_logits,
+    seal,
+)
 
 
 @pytest.fixture
 def load(tmp_path):
-    def load_newest(device: str = "cpu") -> ServedModel:
+    def load_newest(public_key: Ed25519PublicKey | None = None) -> ServedModel:
         limits = BatchingLimits(max_batch_size=6, max_queue_size=16)
-        options = LoadOptions(ArtefactFormat.ONNX, choose_device(device), 1, limits)
+        options = LoadOptions(ArtefactFormat.ONNX, Device("cpu"), 1, limits, public_key=public_key)
         folder = max((tmp_path / "models" / "colours").iterdir())
         return ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
 
     return load_newest
+
+
+def file_at(path: Path) -> VerifiedFile:
+    return VerifiedFile(path.name, path.read_bytes())
 
 
 def test_a_version_is_loaded_and_answers(publish, load):
@@ -48,11 +65,9 @@ def test_a_version_is_loaded_and_answers(publish, load):
 
 @pytest.mark.parametrize("offset", [0.01, np.nan])
 def test_a_version_whose_golden_samples_disagree_is_refused(publish, load, offset):
-    folder = publish()
-    with np.load(folder / "samples.npz") as samples:
-        images, logits = samples["images"], samples["logits"]
-    np.savez(folder / "samples.npz", images=images, logits=logits + np.float32(offset))
-    seal(folder)
+    change_samples(
+        publish(), lambda arrays: arrays.update(logits=arrays["logits"] + np.float32(offset))
+    )
     with pytest.raises(VerificationError, match=r"golden samples differ by .* on cpu"):
         load()
 
@@ -149,11 +164,7 @@ def test_a_graph_with_other_inputs_or_outputs_is_refused(publish, load, edit, me
 
 @pytest.mark.parametrize("shape", [(8, 1), (1, 3), (8, 4)])
 def test_golden_logits_of_another_shape_are_refused_and_not_stretched(publish, load, shape):
-    folder = publish()
-    with np.load(folder / "samples.npz") as samples:
-        images = np.zeros_like(samples["images"])
-    np.savez(folder / "samples.npz", images=images, logits=np.zeros(shape, "f4"))
-    seal(folder)
+    change_samples(publish(), lambda arrays: arrays.update(logits=np.zeros(shape, "f4")))
     with pytest.raises(GoldenSamplesError, match=r"expected \[8, 3\]"):
         load()
 
@@ -165,6 +176,107 @@ def test_samples_that_are_no_arrays_are_refused(publish, load, content):
     seal(folder)
     with pytest.raises(VerificationError, match=r"samples\.npz: expected arrays"):
         load()
+
+
+@pytest.mark.parametrize("name", ["images", "logits", "encoded", "encoded_offsets"])
+def test_samples_without_one_of_their_arrays_are_refused(publish, load, name):
+    change_samples(publish(), lambda arrays: arrays.pop(name))
+    with pytest.raises(VerificationError, match=r"expected arrays images, logits, encoded and"):
+        load()
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        {"interpolation": "INTERPOLATION_BICUBIC"},
+        {"resize_shorter_px": HEIGHT + WIDTH},
+    ],
+)
+def test_a_manifest_that_resizes_otherwise_than_the_exporter_did_is_refused(
+    publish, load, preprocessing
+):
+    folder = publish()
+    steps = describe(folder)["preprocessing"]
+    seal(folder, preprocessing={**steps, **preprocessing})
+    with pytest.raises(
+        GoldenSamplesError, match=r"picture 0 .*: pixels: .* they differ by \d+ .* at most 1$"
+    ):
+        load()
+
+
+def test_golden_pictures_may_differ_by_a_rounding_and_no_more(publish, load):
+    folder = publish()
+
+    def brighten(arrays):
+        arrays["images"] = np.where(arrays["images"] < 255, arrays["images"] + 1, 255)
+        arrays["images"] = arrays["images"].astype(np.uint8)
+        arrays["logits"] = mean_colour_logits(arrays["images"]).astype("f4")
+
+    change_samples(folder, brighten)
+    load()
+    change_samples(folder, brighten)
+    with pytest.raises(GoldenSamplesError, match="differ by 2 from its tensor"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoded": np.zeros(100, np.uint8)}, r"picture 0 .*: image: expected a JPEG"),
+        ({"encoded_offsets": np.arange(4)}, r"encoded_offsets: expected 9 .* got 4"),
+        ({"encoded_offsets": np.array(3)}, "expected arrays images"),
+        ({"encoded_offsets": np.array([0.5, 2.5])}, "expected arrays images"),
+    ],
+)
+def test_golden_pictures_that_are_none_are_refused(publish, load, change, message):
+    change_samples(publish(), lambda arrays: arrays.update(change))
+    with pytest.raises(VerificationError, match=message):
+        load()
+
+
+def spoil_files(folder: Path) -> None:
+    """What a writer does that wants its own bytes loaded."""
+    for path in folder.iterdir():
+        path.write_bytes(b"not what was verified")
+
+
+def test_what_was_verified_is_loaded_though_the_files_change_meanwhile(publish, load, monkeypatch):
+    folder = publish()
+
+    def load_late(*arguments):
+        spoil_files(folder)
+        return load_backend(*arguments)
+
+    monkeypatch.setattr(loading, "load_backend", load_late)
+    images = np.full((1, HEIGHT, WIDTH, 3), 51, np.uint8)
+    np.testing.assert_allclose(load().backend.run(images).logits, 0.2, atol=1e-6)
+
+
+def test_the_manifest_that_is_signed_is_the_one_that_is_followed(publish, load, monkeypatch):
+    """A writer may not show one manifest to the parser and the signed one to the signature."""
+    folder = publish()
+    key = Ed25519PrivateKey.generate()
+    signed = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.sig").write_bytes(key.sign(signed))
+    seal(folder, labels=["blue", "green", "red"])
+
+    def verify_late(*arguments):
+        (folder / "manifest.json").write_bytes(signed)
+        return verify_signature(*arguments)
+
+    monkeypatch.setattr(loading, "verify_signature", verify_late)
+    with pytest.raises(SignatureError, match="other bytes"):
+        load(public_key=key.public_key())
+    assert load(public_key=key.public_key()).manifest.labels == ("red", "green", "blue")
+
+
+def test_a_session_does_not_keep_its_files_bytes(publish):
+    file = file_at(publish() / "model.onnx")
+    before = sys.getrefcount(file.content)
+    backend = OnnxBackend(file, Device("cpu"), threads=1)
+    after = sys.getrefcount(file.content)
+    assert after == before
+    assert backend.provider == "CPUExecutionProvider"
 
 
 @pytest.mark.skipif(count_cuda_devices() > 0, reason="this machine has a CUDA device")
@@ -181,7 +293,7 @@ def test_a_cuda_session_that_falls_back_is_noticed(publish):
     """ONNX Runtime itself does not raise when its CUDA provider cannot be loaded."""
     folder = publish()
     with pytest.raises(DeviceError, match="cuda:0"):
-        OnnxBackend(folder / "model.onnx", Device("cuda"), threads=1)
+        OnnxBackend(file_at(folder / "model.onnx"), Device("cuda"), threads=1)
 
 
 def test_usable_cpus_follow_the_affinity():
@@ -193,9 +305,8 @@ def test_usable_cpus_follow_the_affinity():
         os.sched_setaffinity(0, before)
 
 
-def test_a_file_that_is_no_exported_program_is_refused(tmp_path):
-    (tmp_path / "model.pt2").write_bytes(b"not an archive")
-    with pytest.raises(RepositoryError, match=r"model\.pt2: torch cannot load it"):
-        load_backend(
-            ArtefactFormat.EXPORTED_PROGRAM, tmp_path / "model.pt2", Device("cpu"), threads=1
-        )
+@pytest.mark.parametrize("form", [ArtefactFormat.EXPORTED_PROGRAM, ArtefactFormat.TORCHSCRIPT])
+def test_a_file_that_is_no_archive_of_torch_is_refused(form):
+    file = VerifiedFile("model.pt", b"not an archive")
+    with pytest.raises(RepositoryError, match=r"model\.pt: torch cannot load it"):
+        load_backend(form, file, Device("cpu"), threads=1)

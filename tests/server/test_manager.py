@@ -23,7 +23,7 @@ from server.policy import VersionPolicy
 from server.refusals import Refusals
 from server.repository import ModelRepository
 from server.rollout import Rollout
-from tests.server.conftest import mean_colour_logits, seal
+from tests.server.conftest import change_samples, mean_colour_logits, seal
 
 IMAGE = np.full((1, 4, 6, 3), 51, np.uint8)
 
@@ -165,10 +165,7 @@ async def break_manifest(folder):
 
 
 async def break_samples(folder):
-    with np.load(folder / "samples.npz") as samples:
-        images, logits = samples["images"], samples["logits"]
-    np.savez(folder / "samples.npz", images=images, logits=logits + np.float32(0.1))
-    seal(folder)
+    change_samples(folder, lambda arrays: arrays.update(logits=arrays["logits"] + np.float32(0.1)))
 
 
 async def break_graph(folder):

@@ -47,12 +47,15 @@ def test_a_file_is_compared_with_the_manifest(publish, tmp_path):
     folder = publish()
     version = ModelVersion(folder, read_manifest(folder))
     record = version.manifest.artefact(ArtefactFormat.ONNX).file
-    assert version.verified_file(record) == folder / "model.onnx"
+    assert version.read(record).content == (folder / "model.onnx").read_bytes()
     content = bytearray((folder / "model.onnx").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "model.onnx").write_bytes(content)
     with pytest.raises(VerificationError, match=r"model\.onnx: expected SHA-256"):
-        version.verified_file(record)
+        version.read(record)
+    (folder / "model.onnx").write_bytes(content + b"more")
+    with pytest.raises(VerificationError, match=r"model\.onnx: expected \d+ bytes, got \d+"):
+        version.read(record)
 
 
 def test_a_link_in_the_place_of_a_file_is_refused(publish, tmp_path):
@@ -60,8 +63,13 @@ def test_a_link_in_the_place_of_a_file_is_refused(publish, tmp_path):
     version = ModelVersion(folder, read_manifest(folder))
     (folder / "model.onnx").rename(tmp_path / "outside.onnx")
     (folder / "model.onnx").symlink_to(tmp_path / "outside.onnx")
-    with pytest.raises(VerificationError, match="plain file"):
-        version.verified_file(version.manifest.artefact(ArtefactFormat.ONNX).file)
+    record = version.manifest.artefact(ArtefactFormat.ONNX).file
+    with pytest.raises(VerificationError, match="expected a plain file, got a link"):
+        version.read(record)
+    (folder / "model.onnx").unlink()
+    os.mkfifo(folder / "model.onnx")
+    with pytest.raises(VerificationError, match=r"model\.onnx: expected a plain file$"):
+        version.read(record)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +148,12 @@ def test_every_file_is_compared_not_only_those_that_are_loaded(publish):
     ]
     seal(folder, artefacts=artefacts)
     version = ModelVersion(folder, read_manifest(folder))
-    version.verify_files()
+    wanted = version.manifest.artefact(ArtefactFormat.ONNX).file
+    (file,) = version.read_files(wanted)
+    assert file.name == "model.onnx"
     (folder / "model.torchscript").write_bytes(b"Weights")
     with pytest.raises(VerificationError, match=r"model\.torchscript: expected SHA-256"):
-        version.verify_files()
+        version.read_files(wanted)
 
 
 def test_a_fingerprint_changes_with_any_file(publish):

@@ -395,7 +395,8 @@ Global___Parity: typing_extensions.TypeAlias = Parity
 class GoldenSamples(google.protobuf.message.Message):
     """Real inputs with the logits that the eager net gave for them. A NumPy .npz of images
     (uint8 [n, height, width, 3]), logits (float32 [n, classes]), labels (int64 [n], the true classes),
-    encoded (uint8, the same images as PNG files end to end) and encoded_offsets (int64 [n + 1]).
+    encoded (uint8, image files end to end, which ImagePreprocessing brings to those images; PNG, so that
+    all decoders agree) and encoded_offsets (int64 [n + 1]).
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
