@@ -7,18 +7,14 @@ import asyncio
 import contextlib
 import math
 import signal
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 
-import grpc
 import structlog
-from grpc_health.v1 import health, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2
-from convoy.v1 import classifier_pb2
 from server.access import Access, AccessFiles
 from server.backends.devices import Device, choose_device, usable_cpus
 from server.batcher import BatchingLimits
@@ -27,6 +23,7 @@ from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.device_metrics import watch_devices
 from server.errors import ManifestError, StartupError
+from server.grpc_face import GrpcFace, Trace
 from server.http.calls import HttpBoundary
 from server.http.face import HttpFace
 from server.http.gate import TokenGate
@@ -41,27 +38,20 @@ from server.manifest import ArtefactFormat, read_manifest
 from server.metrics import ServerMetrics
 from server.policy import VersionPolicy
 from server.protocols.calls import CallBoundary
-from server.protocols.classifier import ClassifierServicer
-from server.protocols.health import WHOLE_SERVER, HealthServicer
 from server.protocols.inference import Inference
-from server.protocols.oip import InferenceServicer
 from server.protocols.oip_repository import RepositoryServicer
 from server.protocols.registration import handler_of
-from server.protocols.streams import Streams
 from server.refusals import Refusals
 from server.repository import ModelFolder, ModelRepository
 from server.rollout import Rollout
+from server.served_model import LoadedModel
 from server.settings import ServerSettings
 from server.signing import read_public_key
 from server.warmup import settle_memory
 
 logger = structlog.get_logger()
 
-_CLASSIFIER = classifier_pb2.DESCRIPTOR.services_by_name["ClassifierService"]
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-# What the fast path reads and writes without message objects.
-_AS_BYTES = ("ModelInfer",)
-_SERVICES = (_CLASSIFIER.full_name, _INFERENCE.full_name)
 _MIB = 1024 * 1024
 # What a request carries beside its pixels: names, shapes, parameters.
 _MESSAGE_OVERHEAD_BYTES = 64 * 1024
@@ -84,9 +74,8 @@ class App:
         self._settings = settings
         self._metrics = ServerMetrics(registry)
         watch_devices(registry)
-        self._catalogue = ModelCatalogue()
-        self._health = HealthServicer()
-        self._streams = Streams(self._catalogue)
+        self._catalogue = ModelCatalogue[LoadedModel]()
+        self._grpc: GrpcFace
         self._cleanup = contextlib.AsyncExitStack()
         self.port = 0
         self.http_port = 0
@@ -119,7 +108,9 @@ class App:
         await manager.start()
         settle_memory()
         await self._listen_for_admin(manager)
-        self._set_ready()
+        self._become(ServerState.SERVING)
+        # Registered last, so it runs first: load balancers hear of the end before requests do.
+        self._cleanup.callback(self._drain)
         if settings.poll_s:
             polling = asyncio.create_task(manager.poll(settings.poll_s))
             self._cleanup.callback(polling.cancel)
@@ -139,7 +130,7 @@ class App:
             VersionPolicy.parse(settings.version_policy),
             ModelLoader(_load_options(settings, device), self._metrics),
             catalogue=self._catalogue,
-            rollout=Rollout(self._catalogue, self._metrics, self._tell_ready),
+            rollout=Rollout(self._catalogue, self._metrics, self._model_changed),
             refusals=Refusals(self._metrics.models),
             canary=_canary_limits(settings),
         )
@@ -152,7 +143,6 @@ class App:
         decoder = ImageDecoder(
             decoders, usable_cpus(), settings.max_image_pixels, settings.max_queue_size
         )
-        inference = Inference(self._catalogue, decoder)
         boundary = CallBoundary(
             self._metrics,
             slo_s=settings.slo_ms / 1000 or float("inf"),
@@ -160,24 +150,20 @@ class App:
         )
         access = Access(_access_files(settings))
         access.warn_if_open(settings.host)
+        inference = Inference(self._catalogue, decoder)
         rest = RestFace(self._catalogue, inference, HttpBoundary(boundary), max_message_bytes)
         await self._listen_http(rest, access)
-        transport = Transport(settings.transport)
         listener = GrpcListener(
-            settings.host, settings.port, max_message_bytes, access=access, transport=transport
+            settings.host,
+            settings.port,
+            max_message_bytes,
+            access=access,
+            transport=Transport(settings.transport),
         )
         self.port = listener.port
-        classifier = ClassifierServicer(self._catalogue, decoder, boundary, self._streams)
-        oip = InferenceServicer(self._catalogue, inference, boundary, self._streams)
-        handlers = (
-            handler_of(_CLASSIFIER, classifier),
-            handler_of(_INFERENCE, oip, _AS_BYTES),
-        )
-        listener.server.add_generic_rpc_handlers(self._traced(handlers))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, listener.server)
-        await listener.start((*_SERVICES, health.SERVICE_NAME))
-        self._cleanup.push_async_callback(listener.drain, settings.drain_timeout_s)
-        self._cleanup.callback(self._health.close)
+        self._grpc = GrpcFace(listener, self._catalogue, decoder, boundary, self._trace())
+        await self._grpc.start()
+        self._cleanup.push_async_callback(self._grpc.drain, settings.drain_timeout_s)
 
     async def _listen_http(self, rest: RestFace, access: Access) -> None:
         settings = self._settings
@@ -192,6 +178,9 @@ class App:
         await self._cleanup.enter_async_context(face.following())
         await listener.start()
         self._cleanup.push_async_callback(listener.stop, settings.drain_timeout_s)
+
+    def _model_changed(self, name: str, ready: bool | None) -> None:
+        self._grpc.model_changed(name, ready)
 
     async def _listen_for_admin(self, manager: ModelManager) -> None:
         settings = self._settings
@@ -218,44 +207,30 @@ class App:
         await listener.start((_INFERENCE.full_name,))
         self._cleanup.push_async_callback(listener.drain, 0)
 
-    def _traced(
-        self, handlers: Sequence[grpc.GenericRpcHandler]
-    ) -> Sequence[grpc.GenericRpcHandler]:
+    def _trace(self) -> Trace | None:
         if not self._settings.otlp_endpoint:
-            return handlers
+            return None
         try:
             from server.telemetry import Tracing
         except ImportError as error:
             raise StartupError("--otlp-endpoint: expected the extra otel installed") from error
         tracing = Tracing(self._settings.otlp_endpoint)
         self._cleanup.push_async_callback(asyncio.to_thread, tracing.close)
-        return [tracing.traced(each) for each in handlers]
-
-    def _tell_ready(self, model: str, ready: bool | None) -> None:
-        if ready is None:
-            self._health.remove(model)
-        elif self._catalogue.ready:
-            self._health.set(model, ready)
-
-    def _set_ready(self) -> None:
-        self._catalogue.state = ServerState.SERVING
-        for name in (WHOLE_SERVER, *_SERVICES, *(model.name for model in self._catalogue)):
-            self._health.set(name, serving=True)
-        # Registered last, so it runs first: load balancers hear of the end before requests do.
-        self._cleanup.callback(self._set_draining)
+        return tracing.traced
 
     async def lame_duck(self) -> None:
         """Reports NOT_SERVING and answers on for as long as the settings say."""
-        self._catalogue.state = ServerState.LAME_DUCK
-        self._health.drain()
+        self._become(ServerState.LAME_DUCK)
         await asyncio.sleep(self._settings.lame_duck_seconds)
 
-    def _set_draining(self) -> None:
-        self._catalogue.state = ServerState.DRAINING
-        self._health.drain()
-        self._streams.close()
+    def _drain(self) -> None:
+        self._become(ServerState.DRAINING)
         for model in self._catalogue:
             model.batcher.stop_delaying()
+
+    def _become(self, state: ServerState) -> None:
+        self._catalogue.state = state
+        self._grpc.state_changed()
 
 
 async def serve(settings: ServerSettings, registry: CollectorRegistry) -> None:

@@ -17,8 +17,8 @@ import structlog
 from numpy.typing import NDArray
 
 from server.errors import InferenceError, RequestError
-from server.loading import ServedModel
 from server.requests import Images, Outputs, Prediction
+from server.served_model import LoadedModel
 
 logger = structlog.get_logger()
 
@@ -67,7 +67,7 @@ class CanaryTrial:
         verdict = await trial.run()
     """
 
-    def __init__(self, old: ServedModel, new: ServedModel, limits: CanaryLimits) -> None:
+    def __init__(self, old: LoadedModel, new: LoadedModel, limits: CanaryLimits) -> None:
         self.old = old
         self.new = new
         self._limits = limits
@@ -150,7 +150,7 @@ class CanaryTrial:
         return statistics.median(ratios) if len(ratios) >= _RUNS_NEEDED else 0.0
 
 
-def _classes(model: ServedModel, outputs: Outputs) -> NDArray[np.str_]:  # [N]
+def _classes(model: LoadedModel, outputs: Outputs) -> NDArray[np.str_]:  # [N]
     # By name: a new version may have its classes in another order.
     names: NDArray[np.str_] = np.array(model.manifest.labels)[outputs.logits.argmax(axis=1)]
     return names
@@ -174,7 +174,7 @@ class Canaries:
         self._trials: dict[str, tuple[CanaryTrial, asyncio.Task[None]]] = {}
         self._settling: set[asyncio.Task[None]] = set()
 
-    def tries(self, old: ServedModel, new: ServedModel) -> bool:
+    def tries(self, old: LoadedModel, new: LoadedModel) -> bool:
         """Begins, or goes on with, the trial of a newer version; False where it needs none.
 
         An older one is what an operator takes back, and that must not wait. A version that takes

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from enum import Enum
+from typing import Generic, Protocol, TypeVar
 
 from server.errors import ModelNotFoundError, UnavailableError
-from server.loading import ServedModel
+from server.served_model import ServedModel
 
 
 class ServerState(Enum):
@@ -17,7 +18,30 @@ class ServerState(Enum):
     DRAINING = "draining"
 
 
-class ModelCatalogue:
+class Models(Protocol):
+    """What those see of a catalogue who answer requests."""
+
+    state: ServerState
+
+    @property
+    def ready(self) -> bool:
+        """True while every model is loaded and the server is not about to stop."""
+
+    @property
+    def open(self) -> bool:
+        """True while requests are answered."""
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        """Goes through all versions by name, then by number."""
+
+    def find(self, name: str, version: int = 0) -> ServedModel:
+        """Returns the model for a request."""
+
+
+Model = TypeVar("Model", bound=ServedModel)
+
+
+class ModelCatalogue(Generic[Model]):
     """Maps names and versions to what answers them. It belongs to the event loop.
 
     Whoever finds a model and awaits anything before its batcher has the request must hold it
@@ -28,8 +52,8 @@ class ModelCatalogue:
     """
 
     def __init__(self) -> None:
-        self._defaults: dict[str, ServedModel] = {}
-        self._versions: dict[str, dict[int, ServedModel]] = {}
+        self._defaults: dict[str, Model] = {}
+        self._versions: dict[str, dict[int, Model]] = {}
         self.state = ServerState.STARTING
 
     @property
@@ -42,39 +66,39 @@ class ModelCatalogue:
         """True while requests are answered."""
         return self.state in (ServerState.SERVING, ServerState.LAME_DUCK)
 
-    def add(self, model: ServedModel) -> None:
+    def add(self, model: Model) -> None:
         """Lets requests that name this version find it."""
         self._versions.setdefault(model.name, {})[model.version] = model
 
-    def make_default(self, model: ServedModel) -> None:
+    def make_default(self, model: Model) -> None:
         """Lets requests that name no version find this one from now on."""
         self._defaults[model.name] = model
 
-    def remove(self, model: ServedModel) -> None:
+    def remove(self, model: Model) -> None:
         """Lets nobody find a version any more."""
         if self.get(model.name, model.version) is model:
             del self._versions[model.name][model.version]
         if self._defaults.get(model.name) is model:
             del self._defaults[model.name]
 
-    def default(self, name: str) -> ServedModel | None:
+    def default(self, name: str) -> Model | None:
         """Returns what answers requests that name no version."""
         return self._defaults.get(name)
 
-    def get(self, name: str, version: int) -> ServedModel | None:
+    def get(self, name: str, version: int) -> Model | None:
         """Returns one version."""
         return self._versions.get(name, {}).get(version)
 
-    def versions(self, name: str) -> list[ServedModel]:
+    def versions(self, name: str) -> list[Model]:
         """Returns a model's versions, oldest first."""
         versions = self._versions.get(name, {})
         return [versions[number] for number in sorted(versions)]
 
-    def __iter__(self) -> Iterator[ServedModel]:
+    def __iter__(self) -> Iterator[Model]:
         """Goes through all versions by name, then by number."""
         return iter([model for name in sorted(self._versions) for model in self.versions(name)])
 
-    def find(self, name: str, version: int = 0) -> ServedModel:
+    def find(self, name: str, version: int = 0) -> Model:
         """Returns the model for a request.
 
         Args:

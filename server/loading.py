@@ -1,9 +1,8 @@
 """Brings a version of the repository into service: verify, load, warm up, check its answers."""
 
-import asyncio
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -22,9 +21,10 @@ from server.manifest import (
     parse_manifest,
     read_manifest_bytes,
 )
-from server.metrics import RequestMetrics, RunsOn, ServerMetrics
+from server.metrics import RunsOn, ServerMetrics
 from server.observers import BatchObservers
 from server.repository import ModelVersion, VerifiedFile
+from server.served_model import LoadedModel
 from server.signing import verify_signature
 from server.statistics import ModelStatistics
 from server.warmup import warm_up
@@ -52,74 +52,6 @@ class LoadOptions:
     public_key: Ed25519PublicKey | None = None
 
 
-class Users:
-    """Counts the calls that hold a version, so that it does not end under them.
-
-    Example:
-        with model.users:
-            images = await decode(…)
-            await model.batcher.infer(images)
-    """
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._none = asyncio.Event()
-        self._none.set()
-
-    def __enter__(self) -> None:
-        self._count += 1
-        self._none.clear()
-
-    def __exit__(self, *_: object) -> None:
-        self._count -= 1
-        if self._count == 0:
-            self._none.set()
-
-    async def wait_for_none(self) -> None:
-        """Waits until no call holds it."""
-        await self._none.wait()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ServedModel:
-    """A version in service.
-
-    Attributes:
-        manifest: What it says about itself.
-        format: The artefact in use.
-        backend: What runs it.
-        batcher: Where its requests go.
-        requests: Counts them.
-        statistics: What its batcher did so far.
-        users: The calls that hold it.
-    """
-
-    manifest: Manifest
-    format: ArtefactFormat
-    backend: Backend
-    batcher: DynamicBatcher
-    requests: RequestMetrics
-    statistics: ModelStatistics
-    users: Users = field(default_factory=Users)
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.manifest.name
-
-    @property
-    def version(self) -> int:
-        """The version's number."""
-        return self.manifest.version
-
-    @property
-    def runs_on(self) -> RunsOn:
-        """What really runs it."""
-        precision = self.manifest.artefact(self.format).precision
-        backend = self.backend
-        return RunsOn(backend.platform, backend.device, backend.provider, precision)
-
-
 class ModelLoader:
     """Loads versions, step by step, each with a batcher that is still to be started on the loop.
 
@@ -135,7 +67,7 @@ class ModelLoader:
         self._metrics = metrics
         self._batches = BatchFamilies(metrics.families)
 
-    def load(self, folder: Path) -> ServedModel:
+    def load(self, folder: Path) -> LoadedModel:
         """Loads the version in a folder NAME/VERSION.
 
         Manifest, signature, digests, golden pictures, graph, warm-up and golden answers are checked
@@ -180,7 +112,9 @@ class ModelLoader:
             load_s=round(load_s, 3),
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
-        return ServedModel(manifest, options.format, backend, batcher, requests, statistics)
+        precision = manifest.artefact(options.format).precision
+        runs_on = RunsOn(backend.platform, backend.device, backend.provider, precision)
+        return LoadedModel(manifest, options.format, runs_on, batcher, requests, statistics)
 
     def _read(self, folder: Path) -> tuple[Manifest, VerifiedFile, GoldenSamples]:
         manifest_bytes = read_manifest_bytes(folder)

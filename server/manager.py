@@ -23,11 +23,12 @@ from server.errors import (
     StartupError,
     UnavailableError,
 )
-from server.loading import ModelLoader, ServedModel
+from server.loading import ModelLoader
 from server.policy import Promotion, ServingPlan, VersionPolicy
 from server.refusals import Refusal, Refusals
 from server.repository import ModelFolder, ModelRepository, fingerprint
 from server.rollout import Rollout
+from server.served_model import LoadedModel
 
 logger = structlog.get_logger()
 
@@ -72,7 +73,7 @@ class ModelManager:
         policy: VersionPolicy,
         loader: ModelLoader,
         *,
-        catalogue: ModelCatalogue,
+        catalogue: ModelCatalogue[LoadedModel],
         rollout: Rollout,
         refusals: Refusals,
         canary: CanaryLimits | None = None,
@@ -220,7 +221,7 @@ class ModelManager:
         self._keep(folder.name, keep)
         return refused
 
-    def _decide(self, current: ServedModel | None, wanted: ServedModel) -> tuple[ServedModel, ...]:
+    def _decide(self, current: LoadedModel | None, wanted: LoadedModel) -> tuple[LoadedModel, ...]:
         """Lets a version take over, at once or after a trial; returns what is needed until then."""
         if current is wanted:
             self._canaries.end(wanted.name)
@@ -249,7 +250,7 @@ class ModelManager:
 
     async def _first_good(
         self, folder: ModelFolder, versions: Iterable[int], refused: list[Refusal]
-    ) -> ServedModel | None:
+    ) -> LoadedModel | None:
         for version in versions:
             model = self._catalogue.get(folder.name, version)
             if model is None:
@@ -258,7 +259,7 @@ class ModelManager:
                 return model
         return None
 
-    async def _load(self, path: Path, refused: list[Refusal]) -> ServedModel | None:
+    async def _load(self, path: Path, refused: list[Refusal]) -> LoadedModel | None:
         if await asyncio.to_thread(self._refusals.still_holds, path):
             return None
         files = await asyncio.to_thread(fingerprint, path)
@@ -276,7 +277,7 @@ class ModelManager:
         self._rollout.admit(model)
         return model
 
-    def _keep(self, name: str, models: Iterable[ServedModel]) -> None:
+    def _keep(self, name: str, models: Iterable[LoadedModel]) -> None:
         for model in self._catalogue.versions(name):
             if model not in models:
                 self._rollout.retire(model)
@@ -300,7 +301,7 @@ class ModelManager:
             reason = "not chosen by the version policy"
         return VersionStatus(name, version, VersionState.UNAVAILABLE, reason)
 
-    async def _in_loader(self, path: Path) -> ServedModel:
+    async def _in_loader(self, path: Path) -> LoadedModel:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._loader_thread, self._loader.load, path)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import structlog
 
 from server.catalogue import ModelCatalogue
-from server.loading import ServedModel
 from server.metrics import ServerMetrics
+from server.served_model import LoadedModel
 
 logger = structlog.get_logger()
 
@@ -27,20 +27,20 @@ class Rollout:
     """
 
     def __init__(
-        self, catalogue: ModelCatalogue, metrics: ServerMetrics, tell_ready: TellReady
+        self, catalogue: ModelCatalogue[LoadedModel], metrics: ServerMetrics, tell_ready: TellReady
     ) -> None:
         self._catalogue = catalogue
         self._metrics = metrics
         self._tell_ready = tell_ready
-        self._retiring: dict[asyncio.Task[None], ServedModel] = {}
+        self._retiring: dict[asyncio.Task[None], LoadedModel] = {}
 
-    def admit(self, model: ServedModel) -> None:
+    def admit(self, model: LoadedModel) -> None:
         """Starts a version; requests that name it are answered from here on."""
         model.batcher.start(lambda healthy: self._tell_health(model, healthy))
         self._catalogue.add(model)
         self._metrics.models.serves(model.name, model.version, model.runs_on)
 
-    def swap(self, model: ServedModel) -> None:
+    def swap(self, model: LoadedModel) -> None:
         """Makes an admitted version the one that answers requests which name none."""
         before = self._catalogue.default(model.name)
         self._catalogue.make_default(model)
@@ -50,7 +50,7 @@ class Rollout:
             self._metrics.models.swapped(model.name)
             logger.info("version swapped", model=model.name, old=before.version, new=model.version)
 
-    def retire(self, model: ServedModel) -> None:
+    def retire(self, model: LoadedModel) -> None:
         """Takes a version out of service; it answers what it accepted, then ends."""
         self._catalogue.remove(model)
         if self._catalogue.default(model.name) is None:
@@ -60,7 +60,7 @@ class Rollout:
         self._retiring[task] = model
         task.add_done_callback(self._retiring.pop)
 
-    def roll_back(self, old: ServedModel, new: ServedModel, reason: str) -> None:
+    def roll_back(self, old: LoadedModel, new: LoadedModel, reason: str) -> None:
         """Takes a version back that did not stand its trial."""
         self._metrics.models.rolled_back(new.name, reason)
         logger.error(
@@ -82,12 +82,12 @@ class Rollout:
             self.retire(model)
         await asyncio.gather(*self._retiring)
 
-    def _tell_health(self, model: ServedModel, healthy: bool) -> None:
+    def _tell_health(self, model: LoadedModel, healthy: bool) -> None:
         if self._catalogue.default(model.name) is model:
             self._metrics.models.ready(model.name, healthy)
             self._tell_ready(model.name, healthy)
 
-    async def _end(self, model: ServedModel) -> None:
+    async def _end(self, model: LoadedModel) -> None:
         model.batcher.stop_delaying()
         try:
             await asyncio.wait_for(model.users.wait_for_none(), RETIREMENT_TIMEOUT_S)

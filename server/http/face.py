@@ -13,6 +13,7 @@ from server.http.history import History
 from server.http.operation import operation_routes
 from server.http.rest import RestFace
 from server.http.ui import ui_routes
+from server.served_model import LoadedModel
 
 
 class HttpFace:
@@ -26,7 +27,11 @@ class HttpFace:
     """
 
     def __init__(
-        self, rest: RestFace, catalogue: ModelCatalogue, registry: CollectorRegistry, ui: bool
+        self,
+        rest: RestFace,
+        catalogue: ModelCatalogue[LoadedModel],
+        registry: CollectorRegistry,
+        ui: bool,
     ) -> None:
         self._history = History(registry) if ui else None
         routes: list[Route] = rest.routes()

@@ -8,11 +8,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from server import SERVER_NAME, SERVER_VERSION
-from server.catalogue import ModelCatalogue
+from server.catalogue import Models
 from server.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from server.http.calls import Handler, HttpBoundary, read_body, while_connected
 from server.http.tensors import HEADER_LENGTH, InferBody, read_infer_body, write_infer_body
-from server.loading import ServedModel
 from server.manifest import TensorSpec
 from server.protocols.calls import Call
 from server.protocols.inference import (
@@ -22,6 +21,7 @@ from server.protocols.inference import (
     InferenceQuery,
 )
 from server.protocols.options import read_options
+from server.served_model import ServedModel
 
 _MS_PER_S = 1000.0
 
@@ -38,7 +38,7 @@ class RestFace:
 
     def __init__(
         self,
-        catalogue: ModelCatalogue,
+        catalogue: Models,
         inference: Inference,
         boundary: HttpBoundary,
         max_body_bytes: int,
@@ -91,7 +91,7 @@ class RestFace:
             {
                 "name": model.name,
                 "versions": [str(model.version)],
-                "platform": model.backend.platform,
+                "platform": model.runs_on.platform,
                 "inputs": [_tensor_metadata(model.manifest.input)],
                 "outputs": [_tensor_metadata(output) for output in model.manifest.outputs],
             }

@@ -7,9 +7,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from server import SERVER_NAME, SERVER_VERSION
-from server.catalogue import ModelCatalogue
+from server.catalogue import Models
 from server.http.history import History
-from server.loading import ServedModel
+from server.served_model import ServedModel
 
 _FILES = {
     "/": ("index.html", "text/html"),
@@ -26,7 +26,7 @@ _HEADERS = {
 }
 
 
-def ui_routes(catalogue: ModelCatalogue, history: History) -> list[Route]:
+def ui_routes(catalogue: Models, history: History) -> list[Route]:
     """Returns the page's files and the state that it shows."""
 
     async def state(request: Request) -> Response:
@@ -62,8 +62,8 @@ def _describe(model: ServedModel, ready: bool) -> dict[str, object]:
         "height_px": height_px,
         "width_px": width_px,
         "classes": len(model.manifest.labels),
-        "platform": model.backend.platform,
-        "device": model.backend.device,
-        "provider": model.backend.provider,
+        "platform": model.runs_on.platform,
+        "device": model.runs_on.device,
+        "provider": model.runs_on.provider,
         "max_batch_size": model.batcher.limits.max_batch_size,
     }

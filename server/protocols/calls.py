@@ -23,9 +23,9 @@ from server.errors import (
     UnavailableError,
     UnsupportedError,
 )
-from server.loading import ServedModel, Users
 from server.metrics import RequestMetrics, ServerMetrics
 from server.requests import Outcome
+from server.served_model import ServedModel, Users
 
 logger = structlog.get_logger()
 

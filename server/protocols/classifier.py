@@ -6,14 +6,14 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 import numpy as np
 
 from convoy.v1 import classifier_pb2 as pb
-from server.catalogue import ModelCatalogue
+from server.catalogue import Models
 from server.decoding import ImageDecoder
 from server.errors import InvalidRequestError
-from server.loading import ServedModel
 from server.protocols.calls import STATUS_OF, Call, CallBoundary, Context, Failure
 from server.protocols.classes import Probabilities, abstains, best_classes
 from server.protocols.streams import Streams
 from server.requests import Images, Prediction
+from server.served_model import ServedModel
 
 _NS_PER_S = 1_000_000_000
 
@@ -30,7 +30,7 @@ class ClassifierServicer:
 
     def __init__(
         self,
-        catalogue: ModelCatalogue,
+        catalogue: Models,
         decoder: ImageDecoder,
         boundary: CallBoundary,
         streams: Streams,
@@ -207,8 +207,8 @@ def _model_status(model: ServedModel, ready: bool) -> pb.ModelStatus:
         width=width,
         labels=model.manifest.labels,
         backend=model.format.value,
-        device=model.backend.device,
-        provider=model.backend.provider,
+        device=model.runs_on.device,
+        provider=model.runs_on.provider,
         max_batch_size=model.batcher.limits.max_batch_size,
         max_request_images=model.batcher.limits.max_request_images,
         temperature=model.manifest.temperature,

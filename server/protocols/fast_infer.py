@@ -20,7 +20,6 @@ from google.protobuf.message import DecodeError
 
 from convoy.oip.v2 import inference_pb2 as pb
 from server.errors import RequestError
-from server.loading import ServedModel
 from server.manifest import Manifest
 from server.protocols.inference import version_number
 from server.protocols.oip_messages import inputs_of, parameters_of, requested_outputs_of
@@ -28,6 +27,7 @@ from server.protocols.options import RequestOptions, read_options
 from server.protocols.outputs import wanted_outputs
 from server.protocols.tensors import PIXELS, check_header
 from server.requests import Images, Outputs
+from server.served_model import ServedModel
 
 # A field's number and its wire type, as the byte before its contents.
 _ID = 0x1A

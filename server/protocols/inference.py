@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.catalogue import ModelCatalogue
+from server.catalogue import Models
 from server.decoding import ImageDecoder
 from server.errors import DeadlineExceededError, InvalidRequestError
-from server.loading import ServedModel
 from server.protocols.options import DEFAULT_OPTIONS, RequestOptions
 from server.protocols.outputs import (
     OutputTensor,
@@ -20,6 +19,7 @@ from server.protocols.outputs import (
 )
 from server.protocols.tensors import InputTensor, images_of
 from server.requests import Prediction
+from server.served_model import ServedModel
 
 # Names of the protocol's extensions that work for an inference on every face.
 INFERENCE_EXTENSIONS = ("classification", "schedule_policy", "binary_tensor_data", "parameters")
@@ -79,7 +79,7 @@ class Inference:
         decoder: Brings image files to pixels.
     """
 
-    def __init__(self, catalogue: ModelCatalogue, decoder: ImageDecoder) -> None:
+    def __init__(self, catalogue: Models, decoder: ImageDecoder) -> None:
         self._catalogue = catalogue
         self._decoder = decoder
 

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 
 from convoy.oip.v2 import inference_pb2 as pb
 from server import SERVER_NAME, SERVER_VERSION
-from server.catalogue import ModelCatalogue
+from server.catalogue import Models
 from server.errors import InvalidRequestError, ModelNotFoundError, UnavailableError
 from server.manifest import TensorSpec
 from server.protocols.calls import Call, CallBoundary, Context, Failure
@@ -44,7 +44,7 @@ class InferenceServicer:
 
     def __init__(
         self,
-        catalogue: ModelCatalogue,
+        catalogue: Models,
         inference: Inference,
         boundary: CallBoundary,
         streams: Streams,
@@ -108,10 +108,10 @@ class InferenceServicer:
             return pb.ModelMetadataResponse(
                 name=model.name,
                 versions=[str(model.version)],
-                platform=model.backend.platform,
+                platform=model.runs_on.platform,
                 inputs=[_tensor_metadata(model.manifest.input)],
                 outputs=map(_tensor_metadata, model.manifest.outputs),
-                properties={"device": model.backend.device, "provider": model.backend.provider},
+                properties={"device": model.runs_on.device, "provider": model.runs_on.provider},
             )
 
     async def ModelInfer(self, message: bytes, context: Context) -> bytes:

@@ -2,8 +2,8 @@
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import model_config_pb2 as config_pb
-from server.loading import ServedModel
 from server.manifest import ArtefactFormat, TensorSpec
+from server.served_model import ServedModel
 from server.statistics import Durations
 
 _US_PER_S = 1_000_000
@@ -81,7 +81,7 @@ def _output(spec: TensorSpec) -> config_pb.ModelOutput:
 
 
 def _instances(model: ServedModel) -> config_pb.ModelInstanceGroup:
-    kind, _, index = model.backend.device.partition(":")
+    kind, _, index = model.runs_on.device.partition(":")
     group = config_pb.ModelInstanceGroup(
         name=model.name,
         count=model.batcher.limits.instances,

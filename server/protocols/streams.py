@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
-from server.catalogue import ModelCatalogue
+from server.catalogue import Models
 from server.errors import UnavailableError
 from server.protocols.calls import STATUS_OF, Context
 
@@ -27,7 +27,7 @@ class Streams:
         max_open: How many requests of one stream may be under way.
     """
 
-    def __init__(self, catalogue: ModelCatalogue, max_open: int = MAX_OPEN_REQUESTS) -> None:
+    def __init__(self, catalogue: Models, max_open: int = MAX_OPEN_REQUESTS) -> None:
         self._catalogue = catalogue
         self._max_open = max_open
         self._readers: set[asyncio.Task[None]] = set()

@@ -23,10 +23,12 @@ from server.errors import (
     SignatureError,
     VerificationError,
 )
-from server.loading import LoadOptions, ModelLoader, ServedModel
+from server.loading import LoadOptions, ModelLoader
 from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.repository import VerifiedFile
+from server.requests import Images, Outputs
+from server.served_model import LoadedModel
 from server.signing import verify_signature
 from tests.server.conftest import (
     HEIGHT,
@@ -40,7 +42,7 @@ from tests.server.conftest import (
 
 @pytest.fixture
 def load(tmp_path):
-    def load_newest(public_key: Ed25519PublicKey | None = None) -> ServedModel:
+    def load_newest(public_key: Ed25519PublicKey | None = None) -> LoadedModel:
         limits = BatchingLimits(max_batch_size=6, max_queue_size=16)
         options = LoadOptions(ArtefactFormat.ONNX, Device("cpu"), 1, limits, public_key=public_key)
         folder = max((tmp_path / "models" / "colours").iterdir())
@@ -49,16 +51,23 @@ def load(tmp_path):
     return load_newest
 
 
+async def outputs_of(model: LoadedModel, images: Images) -> Outputs:
+    model.batcher.start()
+    prediction = await model.batcher.infer(images)
+    await model.batcher.drain()
+    return prediction.outputs
+
+
 def file_at(path: Path) -> VerifiedFile:
     return VerifiedFile(path.name, path.read_bytes())
 
 
-def test_a_version_is_loaded_and_answers(publish, load):
+async def test_a_version_is_loaded_and_answers(publish, load):
     publish()
     model = load()
-    assert (model.backend.device, model.backend.provider) == ("cpu", "CPUExecutionProvider")
+    assert (model.runs_on.device, model.runs_on.provider) == ("cpu", "CPUExecutionProvider")
     images = np.random.default_rng(1).integers(0, 256, (5, 4, 6, 3), np.uint8)
-    outputs = model.backend.run(images)
+    outputs = await outputs_of(model, images)
     np.testing.assert_allclose(outputs.logits, mean_colour_logits(images), atol=1e-6)
     np.testing.assert_allclose(outputs.probabilities.sum(axis=1), 1, atol=1e-6)
 
@@ -240,7 +249,9 @@ def spoil_files(folder: Path) -> None:
         path.write_bytes(b"not what was verified")
 
 
-def test_what_was_verified_is_loaded_though_the_files_change_meanwhile(publish, load, monkeypatch):
+async def test_what_was_verified_is_loaded_though_the_files_change_meanwhile(
+    publish, load, monkeypatch
+):
     folder = publish()
 
     def load_late(*arguments):
@@ -249,7 +260,7 @@ def test_what_was_verified_is_loaded_though_the_files_change_meanwhile(publish, 
 
     monkeypatch.setattr(loading, "load_backend", load_late)
     images = np.full((1, HEIGHT, WIDTH, 3), 51, np.uint8)
-    np.testing.assert_allclose(load().backend.run(images).logits, 0.2, atol=1e-6)
+    np.testing.assert_allclose((await outputs_of(load(), images)).logits, 0.2, atol=1e-6)
 
 
 def test_the_manifest_that_is_signed_is_the_one_that_is_followed(publish, load, monkeypatch):
