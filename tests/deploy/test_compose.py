@@ -96,10 +96,17 @@ class Stack:
         return sorted((self.folder / "images").glob("*.png"))
 
 
-def docker(*arguments: str) -> str:
-    return subprocess.run(
-        ["docker", *arguments], capture_output=True, text=True, timeout=60, check=True
-    ).stdout
+def docker(*arguments: str, timeout_s: float = 60) -> str:
+    done = subprocess.run(
+        ["docker", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout.strip()
 
 
 def compose_command() -> tuple[str, ...]:
@@ -154,6 +161,44 @@ def test_the_server_is_healthy_once_its_model_is_ready(stack):
 def test_images_are_classified_through_the_published_port(stack):
     right = [label == str(digit) for digit, label in enumerate(stack.classify())]
     assert sum(right) >= 8
+
+
+def test_the_trainer_has_trained_on_a_fresh_volume(stack):
+    log = stack.run("logs", "--no-color", "trainer")
+    assert "nothing to do" not in log
+    files = "find /models/digits/1 /runs/digits -maxdepth 1 -type f"
+    found = stack.run("run", "--rm", "-T", "trainer", "sh", "-c", files).split()
+    assert {"/models/digits/1/manifest.json", "/runs/digits/best.pt"} <= set(found)
+
+
+@pytest.fixture
+def torch_server(stack) -> Iterator[str]:
+    """Builds `server-torch` and serves the stack's models by it; yields the container."""
+    tag = "convoy-server-torch:local"
+    runtime = f"RUNTIME={os.environ.get('CONVOY_RUNTIME', 'server')}"
+    build = ("--target", "server-torch", "--tag", tag, "--build-arg", runtime, ".")
+    docker("build", "--quiet", *build, timeout_s=BUILD_TIMEOUT_S)
+    limits = ("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--memory", "2g")
+    models = ("--volume", f"{PROJECT}_models:/models:ro", "--publish", "127.0.0.1::8001")
+    serve = ("--backend", "torchscript", "--device", "cpu")
+    container = docker("run", "--detach", *limits, *models, tag, *serve)
+    try:
+        yield container
+    finally:
+        print(docker("logs", "--tail", "20", container))
+        docker("rm", "--force", container)
+
+
+def test_the_server_with_torch_serves_torchscript(stack, torch_server):
+    def is_healthy() -> bool:
+        (state,) = json.loads(docker("inspect", torch_server))
+        return state["State"]["Health"]["Status"] == "healthy"
+
+    eventually(is_healthy, 120, "the server with torch is healthy")
+    with Client(docker("port", torch_server, "8001")) as client:
+        assert [(model.backend, model.version) for model in client.models()] == [("torchscript", 1)]
+        labels = [client.classify(path).best.label for path in stack.images]
+    assert labels == stack.classify()
 
 
 def test_ports_are_published_on_loopback_only(stack):
