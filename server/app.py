@@ -10,6 +10,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -23,7 +24,7 @@ from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.device_metrics import watch_devices
 from server.errors import ManifestError, StartupError
-from server.grpc_face import GrpcFace, Trace
+from server.grpc_face import GrpcFace
 from server.http.calls import HttpBoundary
 from server.http.face import HttpFace
 from server.http.gate import TokenGate
@@ -48,6 +49,9 @@ from server.served_model import LoadedModel
 from server.settings import ServerSettings
 from server.signing import read_public_key
 from server.warmup import settle_memory
+
+if TYPE_CHECKING:
+    from server.telemetry import Tracing
 
 logger = structlog.get_logger()
 
@@ -151,7 +155,14 @@ class App:
         access = Access(_access_files(settings))
         access.warn_if_open(settings.host)
         inference = Inference(self._catalogue, decoder)
-        rest = RestFace(self._catalogue, inference, HttpBoundary(boundary), max_message_bytes)
+        tracing = self._tracing()
+        rest = RestFace(
+            self._catalogue,
+            inference,
+            HttpBoundary(boundary),
+            max_message_bytes,
+            tracing.traced_route if tracing else None,
+        )
         await self._listen_http(rest, access)
         listener = GrpcListener(
             settings.host,
@@ -161,7 +172,9 @@ class App:
             transport=Transport(settings.transport),
         )
         self.port = listener.port
-        self._grpc = GrpcFace(listener, self._catalogue, decoder, boundary, self._trace())
+        self._grpc = GrpcFace(
+            listener, self._catalogue, decoder, boundary, tracing.traced if tracing else None
+        )
         await self._grpc.start()
         self._cleanup.push_async_callback(self._grpc.drain, settings.drain_timeout_s)
 
@@ -207,7 +220,7 @@ class App:
         await listener.start((_INFERENCE.full_name,))
         self._cleanup.push_async_callback(listener.drain, 0)
 
-    def _trace(self) -> Trace | None:
+    def _tracing(self) -> "Tracing | None":
         if not self._settings.otlp_endpoint:
             return None
         try:
@@ -216,7 +229,7 @@ class App:
             raise StartupError("--otlp-endpoint: expected the extra otel installed") from error
         tracing = Tracing(self._settings.otlp_endpoint)
         self._cleanup.push_async_callback(asyncio.to_thread, tracing.close)
-        return tracing.traced
+        return tracing
 
     async def lame_duck(self) -> None:
         """Reports NOT_SERVING and answers on for as long as the settings say."""

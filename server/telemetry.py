@@ -1,9 +1,11 @@
-"""OpenTelemetry traces: a span a call, in the trace that the caller's W3C traceparent names.
+"""OpenTelemetry traces: a span a call or REST request, in the trace that its W3C traceparent names.
 
 Needs the extra `otel`. Without an endpoint nothing of it is imported and calls cost what they did.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from http import HTTPStatus
 from typing import Any
 
 import grpc
@@ -13,6 +15,9 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from server import SERVER_NAME, SERVER_VERSION
 
@@ -28,7 +33,7 @@ _Behaviour = Callable[[Any, Any], Any]
 
 
 class Tracing:
-    """Traces the calls of the handlers that are given to it.
+    """Traces the calls of the handlers and the requests to the routes that are given to it.
 
     Args:
         endpoint: Where spans go, OTLP over HTTP, such as "http://127.0.0.1:4318/v1/traces".
@@ -47,6 +52,25 @@ class Tracing:
         """Returns handlers that do the same inside a span."""
         return _TracedHandlers(handlers, self._open)
 
+    def traced_route(self, route: Route) -> Route:
+        """Returns a route that does the same inside a span."""
+
+        async def answer(request: Request) -> Response:
+            known = {
+                "http.request.method": request.method,
+                "http.route": route.path,
+                "url.path": request.url.path,
+            }
+            span = self._start(f"{request.method} {route.path}", request.headers, known)
+            with _ended(span):
+                response: Response = await route.endpoint(request)
+                span.set_attribute("http.response.status_code", response.status_code)
+                if response.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    span.set_status(Status(StatusCode.ERROR))
+                return response
+
+        return Route(route.path, answer, methods=list(route.methods or ()))
+
     def close(self) -> None:
         """Sends what is left; call it off the event loop."""
         self._provider.shutdown()
@@ -56,13 +80,29 @@ class Tracing:
             key: value for key, value in context.invocation_metadata() if isinstance(value, str)
         }
         service, _, name = method.strip("/").partition("/")
+        known = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+        return self._start(method.strip("/"), headers, known)
+
+    def _start(self, name: str, headers: Mapping[str, str], known: Mapping[str, str]) -> Span:
         return self._tracer.start_span(
-            method.strip("/"),
+            name,
             context=extract(headers),
             kind=SpanKind.SERVER,
-            attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": name},
+            attributes=known,
             record_exception=False,
         )
+
+
+@contextmanager
+def _ended(span: Span) -> Iterator[None]:
+    """Ends a span with the block, as failed where the block raises."""
+    try:
+        yield
+    except BaseException as error:
+        span.set_status(Status(StatusCode.ERROR, str(error) or type(error).__name__))
+        raise
+    finally:
+        span.end()
 
 
 class _TracedHandlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio is untyped
@@ -92,14 +132,8 @@ class _TracedHandlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio i
 
     def _one(self, method: str, behaviour: _Behaviour) -> Callable[[Any, Any], Awaitable[Any]]:
         async def answer(request: Any, context: Any) -> Any:
-            span = self._open(method, context)
-            try:
+            with _ended(self._open(method, context)):
                 return await behaviour(request, context)
-            except BaseException as error:
-                span.set_status(Status(StatusCode.ERROR, str(error) or type(error).__name__))
-                raise
-            finally:
-                span.end()
 
         return answer
 
@@ -107,14 +141,8 @@ class _TracedHandlers(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpcio i
         self, method: str, behaviour: _Behaviour
     ) -> Callable[[Any, Any], AsyncIterator[Any]]:
         async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
-            span = self._open(method, context)
-            try:
+            with _ended(self._open(method, context)):
                 async for reply in behaviour(request, context):
                     yield reply
-            except BaseException as error:
-                span.set_status(Status(StatusCode.ERROR, str(error) or type(error).__name__))
-                raise
-            finally:
-                span.end()
 
         return answer

@@ -1,5 +1,6 @@
 """The Open Inference Protocol, version 2, by REST, with the binary tensor data extension."""
 
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 
@@ -23,6 +24,8 @@ from server.protocols.inference import (
 from server.protocols.options import read_options
 from server.served_model import ServedModel
 
+Trace = Callable[[Route], Route]
+
 _MS_PER_S = 1000.0
 
 
@@ -34,6 +37,7 @@ class RestFace:
         inference: Runs their requests.
         boundary: Turns errors into statuses.
         max_body_bytes: Larger bodies are refused.
+        trace: Wraps the routes; None leaves them as they are.
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class RestFace:
         inference: Inference,
         boundary: HttpBoundary,
         max_body_bytes: int,
+        trace: Trace | None = None,
     ) -> None:
         self._catalogue = catalogue
         self._inference = inference
         self._boundary = boundary
         self._max_body_bytes = max_body_bytes
+        self._trace = trace
 
     def routes(self) -> list[Route]:
         """Returns the protocol's paths, those of inference first: they are asked for most."""
@@ -64,7 +70,8 @@ class RestFace:
         ]
 
     def _route(self, verb: str, path: str, name: str, handler: Handler) -> Route:
-        return Route(path, partial(self._boundary.answer, name, handler), methods=[verb])
+        route = Route(path, partial(self._boundary.answer, name, handler), methods=[verb])
+        return self._trace(route) if self._trace else route
 
     async def _infer(self, call: Call, request: Request) -> Response:
         encoded = await read_body(request, self._max_body_bytes)

@@ -1,6 +1,9 @@
 """Traces reach a real collector on the loopback; devices without a driver are no error."""
 
+import json
 import threading
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
 
@@ -14,6 +17,7 @@ from convoy.oip.v2 import inference_pb2_grpc
 from server.backends.devices import count_cuda_devices
 from server.device_metrics import watch_devices
 from tests.processes import running_server
+from tests.server.conftest import HEIGHT, WIDTH
 from tests.server.test_process import infer_request
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -66,6 +70,45 @@ def test_a_call_is_a_span_in_its_callers_trace(publish, collector, transport):
     assert good.status.code == 0
     assert bad.trace_id.hex() != TRACE
     assert bad.status.code == 2
+
+
+def rest_infer(server, model, **headers) -> int:
+    image = {"name": "image", "datatype": "UINT8", "shape": [1, HEIGHT, WIDTH, 3]}
+    body = json.dumps({"inputs": [{**image, "data": [0] * (HEIGHT * WIDTH * 3)}]}).encode()
+    url = f"{server.http}/v2/models/{model}/infer"
+    request = urllib.request.Request(url, body, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+def attributes(span) -> dict[str, str | int]:
+    return {each.key: each.value.string_value or each.value.int_value for each in span.attributes}
+
+
+def test_a_rest_request_is_a_span_in_its_callers_trace(publish, collector):
+    url, spans = collector
+    flags = ["--device", "cpu", "--otlp-endpoint", url]
+    with running_server(publish().parent.parent, *flags) as server:
+        assert rest_infer(server, "colours", traceparent=f"00-{TRACE}-{PARENT}-01") == 200
+        assert rest_infer(server, "cats") == 404
+        assert server.stop() == 0
+    good, bad = spans.get(timeout=30), spans.get(timeout=30)
+    assert (good.trace_id.hex(), good.parent_span_id.hex()) == (TRACE, PARENT)
+    assert good.name == bad.name == "POST /v2/models/{model}/infer"
+    assert good.end_time_unix_nano > good.start_time_unix_nano
+    assert attributes(good) == {
+        "http.request.method": "POST",
+        "http.route": "/v2/models/{model}/infer",
+        "url.path": "/v2/models/colours/infer",
+        "http.response.status_code": 200,
+    }
+    assert bad.trace_id.hex() != TRACE
+    # By OpenTelemetry's conventions what the caller did wrong is no error of the server's span.
+    assert (attributes(bad)["http.response.status_code"], bad.status.code) == (404, 0)
 
 
 def test_a_dead_collector_hurts_nobody(publish):
