@@ -206,13 +206,15 @@ class CallBoundary:
 
     def answering(self, method: str, context: Context) -> GrpcCall:
         """Returns the call, a context for the body that answers it."""
-        return GrpcCall(method, context, self._clock, self._arrival(context))
+        # gRPC's C core does not tell when a call came.
+        arrived_at_s = getattr(context, "arrived_at_s", None) or self._clock()
+        return GrpcCall(method, context, self._clock, self._arrival(context, arrived_at_s))
 
     async def attempt(
         self, method: str, caller: Caller, answer: Callable[[Call], Awaitable[Reply]]
     ) -> Reply | Failure:
         """Answers a request whose failure is a value: one of a stream, one that is no RPC."""
-        call = Call(*self._arrival(caller))
+        call = Call(*self._arrival(caller, self._clock()))
         code = grpc.StatusCode.OK
         try:
             return await answer(call)
@@ -225,12 +227,13 @@ class CallBoundary:
         finally:
             call.finished(method, code, self._clock())
 
-    def _arrival(self, caller: Caller) -> Arrival:
-        started_s = self._clock()
+    def _arrival(self, caller: Caller, arrived_at_s: float) -> Arrival:
+        deadline_s = arrived_at_s + self._slo_s
         remaining_s = caller.time_remaining()
-        budget_s = self._slo_s if remaining_s is None else min(remaining_s, self._slo_s)
+        if remaining_s is not None:
+            deadline_s = min(deadline_s, self._clock() + remaining_s)
         client = _host(caller.peer()) if self._tells_clients_apart else ""
-        return started_s, started_s + budget_s, self._metrics.unknown_model, client
+        return arrived_at_s, deadline_s, self._metrics.unknown_model, client
 
 
 def failure_of(error: BaseException, late: bool = False) -> Failure:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -34,6 +35,8 @@ class Call:
     """A call under way; to its handler it is the ServicerContext of grpc.aio.
 
     Attributes:
+        arrived_at_s: When the request was there, or the call's head where requests stream; on the
+            monotonic clock, and before whatever the event loop had to do first.
         send_window: Bytes that the peer will take on this stream.
         receive_window: Bytes that the peer may send on it.
         unsent: What waits for the peer's windows.
@@ -48,6 +51,7 @@ class Call:
         limits: TransportLimits,
     ) -> None:
         self.stream_id = stream_id
+        self.arrived_at_s = connection.received_at_s
         self.send_window = 0
         self.receive_window = 0
         self.unsent = bytearray()
@@ -73,7 +77,7 @@ class Call:
         """Starts the clock, and the handler of a call whose requests stream."""
         if self._head.timeout_s is not None:
             loop = asyncio.get_running_loop()
-            self._deadline_s = time.monotonic() + self._head.timeout_s
+            self._deadline_s = self.arrived_at_s + self._head.timeout_s
             self._timer = loop.call_later(self._head.timeout_s, self._expire)
         if not self._head.content_type.startswith(_CONTENT_TYPE):
             self._ended = True
@@ -138,7 +142,7 @@ class Call:
         if self._ended:
             raise asyncio.CancelledError
         self._send_head()
-        self._connection.send_data(self, framed(self._serialised(message)))
+        self._connection.out.send_data(self, framed(self._serialised(message)))
         while len(self.unsent) > _MAX_UNSENT_BYTES and not self._ended:
             self._drained = asyncio.get_running_loop().create_future()
             await self._drained
@@ -162,6 +166,7 @@ class Call:
         if len(self._messages) != 1 or self._reader.midway:
             self._end(grpc.StatusCode.UNIMPLEMENTED, "expected one request message")
             return
+        self.arrived_at_s = self._connection.received_at_s
         self._run(self._messages.popleft())
 
     async def _answer(self, answer: Any) -> None:
@@ -227,14 +232,11 @@ class Call:
         if self._ended:
             return
         self._ended = True
-        fields = [*status_fields(code.value[0], details), *self._trailing]
-        if not self._head_sent:
-            fields = [*_HEAD_FIELDS, *fields]
-        self.end_after_unsent(header_block(fields))
+        self.end_after_unsent(_last_block(code, details, self._trailing, self._head_sent))
         self._stop()
 
     def _finish(self, block: bytes) -> None:
-        self._connection.send_headers(self, block, ends=True)
+        self._connection.out.send_headers(self, block, ends=True)
         if not self._half_closed:
             # The caller need not send the rest (RFC 9113, section 8.1).
             self._connection.reset(self, frames.NO_ERROR)
@@ -257,7 +259,7 @@ class Call:
     def _send_head(self) -> None:
         if not self._head_sent:
             self._head_sent = True
-            self._connection.send_headers(self, _HEAD, ends=False)
+            self._connection.out.send_headers(self, _HEAD, ends=False)
 
     def _credit(self) -> None:
         # Half a window is left to the peer, so it is not held up meanwhile.
@@ -284,3 +286,10 @@ class Call:
         convert = self._method.serialise
         data: bytes = message if convert is None else convert(message)
         return data
+
+
+@lru_cache(maxsize=256)
+def _last_block(code: grpc.StatusCode, details: str, trailing: Metadata, head_sent: bool) -> bytes:
+    """The block that ends a call; kept, for under overload most calls end with the same."""
+    fields = [*status_fields(code.value[0], details), *trailing]
+    return header_block(fields if head_sent else [*_HEAD_FIELDS, *fields])

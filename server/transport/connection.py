@@ -2,14 +2,16 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from typing import cast
 
 from server.transport import frames
 from server.transport.call import Call
-from server.transport.frames import HEADER, PREFACE, STREAM_MASK, Http2Error
+from server.transport.frames import FrameReader, Http2Error
 from server.transport.headers import HeaderReader, RequestHead
 from server.transport.limits import TransportLimits
+from server.transport.outgoing import Outgoing
 
 # What a peer gets to close a drained connection itself.
 _LINGER_S = 1.0
@@ -25,6 +27,11 @@ class Connection(asyncio.Protocol):
         limits: What the peer may take.
         on_made: Is told when the connection is there.
         on_lost: Is told when the connection is gone.
+
+    Attributes:
+        out: What goes to the peer.
+        peer: Its address, as grpcio writes it.
+        received_at_s: When bytes last came, on the monotonic clock.
     """
 
     def __init__(
@@ -38,11 +45,11 @@ class Connection(asyncio.Protocol):
         self._limits = limits
         self._on_made = on_made
         self._on_lost = on_lost
-        self._transport: asyncio.Transport
+        self.out: Outgoing
         self.peer = ""
+        self.received_at_s = 0.0
         self._headers = HeaderReader(limits.max_header_bytes)
-        self._rest = b""
-        self._greeted = False
+        self._frames = FrameReader(limits.max_frame_bytes)
         # Streams whose frames are taken, and calls whose handlers run: a cancelled call leaves the
         # first at once and the second when its handler has ended.
         self._streams: dict[int, Call] = {}
@@ -53,15 +60,11 @@ class Connection(asyncio.Protocol):
         # Set while a header block is spread over several frames: (stream, flags, its parts).
         self._unfinished: tuple[int, int, bytearray] | None = None
         self._receive_window = limits.connection_window_bytes
-        self._send_window = frames.DEFAULT_WINDOW_BYTES
-        self._peer_initial_window = frames.DEFAULT_WINDOW_BYTES
-        self._peer_frame_bytes = frames.DEFAULT_FRAME_BYTES
-        self._blocked: set[Call] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greets the peer with this side's settings."""
         # uvloop's transports are none of asyncio's by type.
-        self._transport = cast(asyncio.Transport, transport)
+        self.out = Outgoing(cast(asyncio.Transport, transport), self._limits.max_unsent_bytes)
         self.peer = _peer_name(transport.get_extra_info("peername"))
         self._on_made(self)
         limits = self._limits
@@ -74,7 +77,7 @@ class Connection(asyncio.Protocol):
             }
         )
         extra = limits.connection_window_bytes - frames.DEFAULT_WINDOW_BYTES
-        self._transport.write(greeting + frames.window_update(0, extra))
+        self.out.write(greeting + frames.window_update(0, extra))
 
     def connection_lost(self, error: Exception | None) -> None:
         """Cancels what the peer will not hear of."""
@@ -85,8 +88,10 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Takes what the peer sent."""
+        self.received_at_s = time.monotonic()
         try:
-            self._consume(self._rest + data if self._rest else data)
+            for kind, flags, stream_id, payload in self._frames.read(data):
+                self._frame(kind, flags, stream_id, payload)
         except Http2Error as fault:
             self._abort(fault)
 
@@ -94,74 +99,39 @@ class Connection(asyncio.Protocol):
         """Takes no new calls and closes when those under way have ended."""
         if not self._draining:
             self._draining = True
-            self.write(frames.goaway(self._last_stream_id, frames.NO_ERROR))
+            self.out.write(frames.goaway(self._last_stream_id, frames.NO_ERROR))
         self._close_if_done()
 
     def close(self) -> None:
         """Ends the calls under way and the connection."""
         for call in list(self._calls):
             call.leave()
-        self._transport.close()
-
-    def write(self, data: bytes) -> None:
-        """Sends frames that no window governs."""
-        if self._transport.get_write_buffer_size() > self._limits.max_unsent_bytes:
-            # The peer asks and does not listen.
-            self._transport.abort()
-            return
-        self._transport.write(data)
-
-    def send_data(self, call: Call, message: bytes) -> None:
-        """Sends a message's bytes as far as the windows let it; the rest waits in the call."""
-        size = len(message)
-        windows = min(self._send_window, call.send_window)
-        if call.unsent or size > windows or size > self._peer_frame_bytes:
-            call.unsent += message
-            self._send_unsent(call)
-            return
-        self._send_window -= size
-        call.send_window -= size
-        self.write(frames.frame(frames.DATA, 0, call.stream_id, message))
-
-    def send_headers(self, call: Call, block: bytes, ends: bool) -> None:
-        """Sends a header block, which ends the stream or not."""
-        flags = frames.END_HEADERS | (frames.END_STREAM if ends else 0)
-        self.write(frames.frame(frames.HEADERS, flags, call.stream_id, block))
+        self.out.close()
 
     def reply(self, call: Call, head: bytes, message: bytes, trailers: bytes) -> None:
-        """Sends a whole reply, in one write where the windows let it."""
-        size, stream_id = len(message), call.stream_id
-        if size > min(self._send_window, call.send_window, self._peer_frame_bytes):
-            self.send_headers(call, head, ends=False)
-            self.send_data(call, message)
-            call.end_after_unsent(trailers)
+        """Sends a whole reply, in one piece where the windows let it."""
+        if self.out.send_whole(call, head, message, trailers):
+            self.forget_stream(call)
             return
-        self._send_window -= size
-        whole = (
-            frames.frame(frames.HEADERS, frames.END_HEADERS, stream_id, head),
-            frames.frame(frames.DATA, 0, stream_id, message),
-            frames.frame(
-                frames.HEADERS, frames.END_HEADERS | frames.END_STREAM, stream_id, trailers
-            ),
-        )
-        self.write(b"".join(whole))
-        self.forget_stream(call)
+        self.out.send_headers(call, head, ends=False)
+        self.out.send_data(call, message)
+        call.end_after_unsent(trailers)
 
     def reset(self, call: Call, code: int) -> None:
         """Ends a stream without a reply."""
-        self.write(frames.rst_stream(call.stream_id, code))
+        self.out.write(frames.rst_stream(call.stream_id, code))
         self.forget_stream(call)
 
     def read(self, call: Call, size: int) -> None:
         """Tells the peer that so many bytes of a stream were read."""
         if call.stream_id in self._streams:
             call.receive_window += size
-            self.write(frames.window_update(call.stream_id, size))
+            self.out.write(frames.window_update(call.stream_id, size))
 
     def forget_stream(self, call: Call) -> None:
         """Takes no more frames for a call."""
         self._streams.pop(call.stream_id, None)
-        self._blocked.discard(call)
+        self.out.forget(call)
         self._close_if_done()
 
     def forget_call(self, call: Call) -> None:
@@ -176,33 +146,11 @@ class Connection(asyncio.Protocol):
         # from the peer the answers that it has not read yet. A client that was told to go away
         # closes when it has read them.
         self._lingering = True
-        asyncio.get_running_loop().call_later(_LINGER_S, self._transport.close)
+        asyncio.get_running_loop().call_later(_LINGER_S, self.out.close)
 
     def _abort(self, fault: Http2Error) -> None:
-        self._transport.write(frames.goaway(self._last_stream_id, fault.code, str(fault)))
+        self.out.write(frames.goaway(self._last_stream_id, fault.code, str(fault)))
         self.close()
-
-    def _consume(self, buffer: bytes) -> None:
-        position, size = 0, len(buffer)
-        if not self._greeted:
-            if not PREFACE.startswith(buffer[: len(PREFACE)]):
-                raise Http2Error(frames.PROTOCOL_ERROR, "expected HTTP/2's preface")
-            if size < len(PREFACE):
-                self._rest = buffer
-                return
-            self._greeted = True
-            position = len(PREFACE)
-        while size - position >= HEADER.size:
-            high, low, kind, flags, stream_id = HEADER.unpack_from(buffer, position)
-            length = high << 16 | low
-            if length > self._limits.max_frame_bytes:
-                raise Http2Error(frames.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
-            start = position + HEADER.size
-            if size - start < length:
-                break
-            position = start + length
-            self._frame(kind, flags, stream_id & STREAM_MASK, buffer[start:position])
-        self._rest = buffer[position:]
 
     def _frame(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
         if self._unfinished is not None and kind != frames.CONTINUATION:
@@ -233,7 +181,7 @@ class Connection(asyncio.Protocol):
         if self._receive_window < self._limits.connection_window_bytes // 2:
             increment = self._limits.connection_window_bytes - self._receive_window
             self._receive_window += increment
-            self.write(frames.window_update(0, increment))
+            self.out.write(frames.window_update(0, increment))
         call = self._streams.get(stream_id)
         if call is None:
             self._check_was_open(stream_id)
@@ -283,14 +231,14 @@ class Connection(asyncio.Protocol):
             return  # above the GOAWAY frame's last stream: the peer sends it elsewhere
         self._last_stream_id = stream_id
         if head is None:
-            self.write(frames.rst_stream(stream_id, frames.PROTOCOL_ERROR))
+            self.out.write(frames.rst_stream(stream_id, frames.PROTOCOL_ERROR))
         elif max(len(self._calls), len(self._streams)) >= 2 * self._limits.max_calls:
-            self.write(frames.rst_stream(stream_id, frames.REFUSED_STREAM))
+            self.out.write(frames.rst_stream(stream_id, frames.REFUSED_STREAM))
         else:
             self._start(self._open_call(self, stream_id, head), ends)
 
     def _start(self, call: Call, ends: bool) -> None:
-        call.send_window = self._peer_initial_window
+        call.send_window = self.out.stream_window
         call.receive_window = self._limits.stream_window_bytes
         self._streams[call.stream_id] = call
         self._calls.add(call)
@@ -314,60 +262,23 @@ class Connection(asyncio.Protocol):
     def _settings(self, flags: int, payload: bytes) -> None:
         if flags & frames.ACK:
             return
-        values = frames.read_settings(payload)
-        self._peer_frame_bytes = values.get(frames.MAX_FRAME_SIZE, self._peer_frame_bytes)
-        window = values.get(frames.INITIAL_WINDOW_SIZE)
-        if window is not None:
-            change = window - self._peer_initial_window
-            self._peer_initial_window = window
-            for call in self._streams.values():
-                call.send_window += change
-        self.write(frames.frame(frames.SETTINGS, frames.ACK, 0))
-        self._unblock()
+        self.out.settle(frames.read_settings(payload), list(self._streams.values()))
 
     def _ping(self, flags: int, payload: bytes) -> None:
         if len(payload) != 8:
             raise Http2Error(frames.FRAME_SIZE_ERROR, "PING: expected 8 bytes")
         if not flags & frames.ACK:
-            self.write(frames.frame(frames.PING, frames.ACK, 0, payload))
+            self.out.write(frames.frame(frames.PING, frames.ACK, 0, payload))
 
     def _window_update(self, stream_id: int, increment: int) -> None:
         if not increment:
             raise Http2Error(frames.PROTOCOL_ERROR, "WINDOW_UPDATE by nothing")
-        if stream_id == 0:
-            self._send_window += increment
-            if self._send_window > frames.LARGEST_WINDOW:
-                raise Http2Error(frames.FLOW_CONTROL_ERROR, "a window out of range")
-            self._unblock()
-            return
         call = self._streams.get(stream_id)
-        if call is not None:
-            call.send_window += increment
-            if call.send_window > frames.LARGEST_WINDOW:
-                self.reset(call, frames.FLOW_CONTROL_ERROR)
-                call.leave()
-            elif call in self._blocked:
-                self._send_unsent(call)
-
-    def _unblock(self) -> None:
-        for call in list(self._blocked):
-            self._send_unsent(call)
-
-    def _send_unsent(self, call: Call) -> None:
-        while call.unsent:
-            size = min(
-                len(call.unsent), self._send_window, call.send_window, self._peer_frame_bytes
-            )
-            if size <= 0:
-                self._blocked.add(call)
-                return
-            piece = bytes(call.unsent[:size])
-            del call.unsent[:size]
-            self._send_window -= size
-            call.send_window -= size
-            self.write(frames.frame(frames.DATA, 0, call.stream_id, piece))
-        self._blocked.discard(call)
-        call.all_sent()
+        if stream_id == 0:
+            self.out.widen(increment)
+        elif call is not None and not self.out.widen_stream(call, increment):
+            self.reset(call, frames.FLOW_CONTROL_ERROR)
+            call.leave()
 
 
 def _peer_name(address: object) -> str:

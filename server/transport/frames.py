@@ -1,6 +1,7 @@
 """Frames of HTTP/2, as RFC 9113 lays them out in sections 4 and 6."""
 
 import struct
+from collections.abc import Iterator
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
@@ -56,6 +57,47 @@ class Http2Error(Exception):
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
+
+
+class FrameReader:
+    """Takes the bytes of one peer as they come and gives their frames.
+
+    Args:
+        max_bytes: Of one frame's payload.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._rest = b""
+        self._greeted = False
+
+    def read(self, data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+        """Yields kind, flags, stream and payload of each frame that the bytes complete.
+
+        Raises:
+            Http2Error: They are not HTTP/2, or a frame is too large.
+        """
+        buffer = self._rest + data if self._rest else data
+        position, size = 0, len(buffer)
+        if not self._greeted:
+            if not PREFACE.startswith(buffer[: len(PREFACE)]):
+                raise Http2Error(PROTOCOL_ERROR, "expected HTTP/2's preface")
+            if size < len(PREFACE):
+                self._rest = buffer
+                return
+            self._greeted = True
+            position = len(PREFACE)
+        while size - position >= HEADER.size:
+            high, low, kind, flags, stream_id = HEADER.unpack_from(buffer, position)
+            length = high << 16 | low
+            if length > self._max_bytes:
+                raise Http2Error(FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            start = position + HEADER.size
+            if size - start < length:
+                break
+            position = start + length
+            yield kind, flags, stream_id & STREAM_MASK, buffer[start:position]
+        self._rest = buffer[position:]
 
 
 def frame(kind: int, flags: int, stream_id: int, payload: bytes = b"") -> bytes:
