@@ -64,6 +64,22 @@ class ModelInstance:
             target=serve, args=(self,), name=f"model-instance-{self._number}", daemon=True
         ).start()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no run is under way."""
+        return self.started_at_s is None
+
+    def begin(self, batch: Batch) -> None:
+        """Notes the batch that it runs next."""
+        self.batch = batch
+        self.started_at_s = batch.sealed_at_s
+        self.free_at_s = batch.sealed_at_s + batch.predicted_s
+
+    def end(self, now_s: float) -> None:
+        """Notes that it is free."""
+        self.started_at_s = self.batch = None
+        self.free_at_s = now_s
+
     def run(self, batch: Batch) -> BatchResult:
         """Runs a batch; whatever the model raises becomes the result of the parts it failed on."""
         pieces: list[Piece] = []

@@ -19,21 +19,25 @@ HANDOVER_S = 0.0002
 
 
 class RunningTail:
-    """A time that nearly no observation of late exceeds."""
+    """A time that nearly no observation of late exceeds.
+
+    Attributes:
+        mean_s: What they were.
+    """
 
     def __init__(self) -> None:
-        self._mean_s = 0.0
+        self.mean_s = 0.0
         self._deviation_s = 0.0
 
     @property
     def tail_s(self) -> float:
         """The mean and some deviations."""
-        return self._mean_s + _DEVIATIONS * self._deviation_s
+        return self.mean_s + _DEVIATIONS * self._deviation_s
 
     def observe(self, seconds: float) -> None:
         """Learns from an observation."""
-        error_s = seconds - self._mean_s
-        self._mean_s += _GAIN * error_s
+        error_s = seconds - self.mean_s
+        self.mean_s += _GAIN * error_s
         self._deviation_s += _GAIN * (abs(error_s) - self._deviation_s)
 
 
@@ -78,10 +82,6 @@ class LatencyModel:
     def pace(self, size: int) -> float:
         """Returns images a second in batches of a size, hand-over included."""
         return size / (self.mean_s(size) + HANDOVER_S)
-
-    def largest_within(self, budget_s: float, size: int) -> int:
-        """Returns the largest batch, up to a size, that nearly always is done in a time."""
-        return bisect.bisect_right(range(1, size + 1), budget_s, key=self.tail_s)
 
     def best_size(self, slo_s: float = float("inf")) -> int:
         """Returns the measured size to fill batches up to.

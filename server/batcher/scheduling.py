@@ -6,9 +6,11 @@ section 6.3), with the deferral of "Symphony" (L. Chen et al., arXiv 2308.07470)
 instances gain by it.
 """
 
+import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from server.batcher.forecast import Forecast
 from server.batcher.latency import LatencyModel
 from server.batcher.queue import RequestQueue
 from server.requests import InferenceRequest
@@ -25,8 +27,10 @@ def finish_s(
     images_before: int,
     size: int,
     max_batch_size: int,
+    *,
+    last_s: Callable[[int], float],
 ) -> float:
-    """Returns when a request that arrives would be answered at the latest, by what is known then.
+    """Returns when a request that arrives would be answered, by what is known then.
 
     Args:
         latency: Predicts run times.
@@ -34,22 +38,24 @@ def finish_s(
         images_before: Waiting images that run first.
         size: Images of the request.
         max_batch_size: Images in one batch.
+        last_s: What the last batch takes, by its size, until its answers have left.
     """
     full_batches = (images_before + size - 1) // max_batch_size
     last = images_before + size - full_batches * max_batch_size
     rounds, turn = divmod(full_batches, len(free_at_s))
     starts_s = sorted(free_at_s)[turn] + rounds * latency.mean_s(max_batch_size)
-    return starts_s + latency.tail_s(last)
+    return starts_s + last_s(last)
 
 
 def next_size(
-    queue: RequestQueue, latency: LatencyModel, now_s: float, max_batch_size: int, instances: int
+    queue: RequestQueue, forecast: Forecast, now_s: float, max_batch_size: int, instances: int
 ) -> tuple[int, list[InferenceRequest]]:
     """Decides how many images the next batch holds.
 
     Returns:
-        The size, 0 for none, and the requests that were taken out of the queue because they cannot
-        be answered in time, or only by a batch so small that those behind them would pay for it.
+        The size, 0 for none, and the requests that were taken out of the queue because they are not
+        likely to be answered in time, or only by a batch so small that those behind them would pay
+        for it.
     """
     dropped: list[InferenceRequest] = []
     while queue.images:
@@ -58,21 +64,27 @@ def next_size(
             return size, dropped
         window = queue.window(size)
         tightest = min(window, key=lambda request: request.deadline_s)
-        budget_s = tightest.deadline_s - now_s
         needed = sum(other.waiting for other in window[: window.index(tightest) + 1])
+        budget_s = tightest.deadline_s - now_s
         if needed > max_batch_size:
             rounds = math.ceil(needed / max_batch_size / instances)
-            if rounds * latency.tail_s(max_batch_size) <= budget_s:
+            if rounds * forecast.likely_s(max_batch_size) <= budget_s:
                 return size, dropped
-        elif latency.tail_s(size) <= budget_s:
-            return size, dropped
-        else:
-            fitting = latency.largest_within(budget_s, size)
-            if fitting >= needed and latency.pace(fitting) >= _KEPT_PACE * latency.pace(size):
-                return fitting, dropped
+        elif fitting := _fitting(forecast, budget_s, needed, size):
+            return fitting, dropped
         queue.remove(tightest)
         dropped.append(tightest)
     return 0, dropped
+
+
+def _fitting(forecast: Forecast, budget_s: float, needed: int, size: int) -> int:
+    """Returns the largest batch in time, surely or else likely, that is worth it; 0 for none."""
+    for takes_s in (forecast.surely_s, forecast.likely_s):
+        fitting = bisect.bisect_right(range(1, size + 1), budget_s, key=takes_s)
+        pace = forecast.latency.pace
+        if fitting >= needed and pace(fitting) >= _KEPT_PACE * pace(size):
+            return fitting
+    return 0
 
 
 def deferral_s(

@@ -80,7 +80,7 @@ async def test_admission_counts_only_what_runs_before(make, backend):
 
 async def test_a_late_head_is_dropped_so_that_the_rest_fill_a_batch(make, backend, clock):
     """The sliding window: a batch of one would be in time, but four then pay for it."""
-    batcher = make(latency=LatencyModel({1: 1.0, 4: 1.0}))
+    batcher = make(latency=LatencyModel(GAINING))
     running = await queue(batcher, batcher.infer(image(0)))
     await backend.wait_for_run()
     late = await queue(batcher, batcher.infer(image(1), deadline_s=2.5))
@@ -246,9 +246,7 @@ async def test_the_snapshot_tells_what_is_held(make, backend):
     await asyncio.gather(*running)
 
 
-async def test_predictions_that_forbid_every_run_are_tried_again_after_a_while(
-    make, backend, clock
-):
+async def test_an_idle_device_is_tried_however_long_the_tail_is(make, backend, clock):
     """A stall makes the tail longer than any deadline; without a run it would stay so."""
     batcher = make(latency=LatencyModel({1: 0.01}))
     running = await queue(batcher, batcher.infer(image(0)))
@@ -256,9 +254,38 @@ async def test_predictions_that_forbid_every_run_are_tried_again_after_a_while(
     clock.now_s = 50.0
     backend.permits.release()
     await asyncio.gather(*running)
+    running = await queue(batcher, batcher.infer(image(1), deadline_s=clock.now_s + 0.1))
+    await backend.wait_for_run()
+    # The device is busy: nobody else is promised what the tail forbids.
+    with pytest.raises(DeadlineExceededError):
+        await batcher.infer(image(2), deadline_s=clock.now_s + 0.1)
+    backend.permits.release()
+    (answer,) = await asyncio.gather(*running)
+    assert answer.outputs.logits[0, 0] == 1
+
+
+async def test_predictions_that_forbid_every_run_are_tried_again_after_a_while(
+    make, backend, clock
+):
+    batcher = make(latency=LatencyModel({1: 10.0}))
     with pytest.raises(DeadlineExceededError):
         await batcher.infer(image(1), deadline_s=clock.now_s + 0.1)
     clock.now_s += 1.0
     backend.permits.release()
     answer = await batcher.infer(image(2), deadline_s=clock.now_s + 0.1)
     assert answer.outputs.logits[0, 0] == 2
+
+
+async def test_what_waits_is_run_while_it_is_likely_in_time(make, backend, clock):
+    """Between what is sure and what is hopeless: accepted before a stall, worth a try after it."""
+    batcher = make(latency=LatencyModel({1: 1.0, 4: 1.0}))
+    running = await queue(batcher, batcher.infer(image(0)))
+    await backend.wait_for_run()
+    running += await queue(batcher, batcher.infer(image(1), deadline_s=2.5))
+    late = await queue(batcher, batcher.infer(image(2), deadline_s=2.45))
+    clock.now_s = 1.47
+    backend.permits.release(2)
+    await asyncio.gather(*running)
+    with pytest.raises(DeadlineExceededError):
+        await late[0]
+    assert backend.batches == [[0], [1]]

@@ -12,7 +12,6 @@ def test_it_interpolates_between_sizes_and_extrapolates_beyond():
     assert model.mean_s(6) == pytest.approx(3.5)
     assert model.mean_s(16) == pytest.approx(9.0)
     assert model.tail_s(4) == pytest.approx(2.5 * 1.4)
-    assert model.largest_within(2.6, 8) == 2
 
 
 def test_padding_costs_what_the_padded_size_costs():
