@@ -2,7 +2,6 @@
 
 import itertools
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,16 +14,13 @@ from clients import (
     AsyncClient,
     Classification,
     Client,
-    DeadlineExceededError,
     Health,
     ImageError,
     InvalidRequestError,
     ModelNotFoundError,
-    OverloadedError,
     UnavailableError,
     UsageError,
 )
-from tests.processes import running_server
 
 
 @pytest.fixture(scope="module")
@@ -83,30 +79,6 @@ def test_each_cause_has_its_error(server, image, arguments, error):
 def test_an_unreachable_server_is_unavailable():
     with Client("127.0.0.1:1", timeout_s=5) as client, pytest.raises(UnavailableError):
         client.classify(b"x")
-
-
-def test_a_slow_answer_is_a_passed_deadline_and_a_full_queue_is_overload(repository):
-    flags = ("--max-queue-delay-ms", "60000", "--max-queue-size", "1", "--device", "cpu")
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    with (
-        running_server(repository, *flags) as server,
-        Client(server.address, timeout_s=10) as patient,
-        Client(server.address, timeout_s=1) as second,
-        ThreadPoolExecutor(1) as pool,
-    ):
-        waiting = pool.submit(patient.classify, pixels)
-        while 'convoy_queued_images{model="digits",version="1"} 1.0' not in metrics_of(server):
-            time.sleep(0.01)
-        # Retried by gRPC until its attempts are spent, which takes less than the deadline.
-        with pytest.raises((OverloadedError, DeadlineExceededError)):
-            second.classify(pixels)
-        with pytest.raises(DeadlineExceededError):
-            waiting.result()
-
-
-def metrics_of(server):
-    with urllib.request.urlopen(f"{server.http}/metrics") as reply:
-        return reply.read().decode()
 
 
 def test_a_client_is_shared_between_threads(server, golden):
