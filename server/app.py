@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import math
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,7 +15,8 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2
-from server.access import Access, AccessFiles
+from server.access import Access
+from server.assembly import access_files, call_boundary, image_decoder, open_tracing, slo_s
 from server.backends.devices import Device, choose_device, usable_cpus
 from server.batcher import BatchingLimits
 from server.canary import CanaryLimits
@@ -24,6 +24,8 @@ from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.device_metrics import watch_devices
 from server.errors import ManifestError, StartupError
+from server.frontends.fleet import FrontEnds
+from server.frontends.metrics import MergedRegistry
 from server.grpc_face import GrpcFace
 from server.http.calls import HttpBoundary
 from server.http.face import HttpFace
@@ -79,7 +81,8 @@ class App:
         self._metrics = ServerMetrics(registry)
         watch_devices(registry)
         self._catalogue = ModelCatalogue[LoadedModel]()
-        self._grpc: GrpcFace
+        self._registry = MergedRegistry(registry)
+        self._front: GrpcFace | FrontEnds
         self._cleanup = contextlib.AsyncExitStack()
         self.port = 0
         self.http_port = 0
@@ -112,9 +115,9 @@ class App:
         await manager.start()
         settle_memory()
         await self._listen_for_admin(manager)
-        self._become(ServerState.SERVING)
+        await self._become(ServerState.SERVING)
         # Registered last, so it runs first: load balancers hear of the end before requests do.
-        self._cleanup.callback(self._drain)
+        self._cleanup.push_async_callback(self._drain)
         if settings.poll_s:
             polling = asyncio.create_task(manager.poll(settings.poll_s))
             self._cleanup.callback(polling.cancel)
@@ -141,21 +144,12 @@ class App:
 
     async def _listen(self, max_message_bytes: int) -> None:
         settings = self._settings
-        decoders = self._cleanup.enter_context(
-            ThreadPoolExecutor(usable_cpus(), thread_name_prefix="decode")
-        )
-        decoder = ImageDecoder(
-            decoders, usable_cpus(), settings.max_image_pixels, settings.max_queue_size
-        )
-        boundary = CallBoundary(
-            self._metrics,
-            slo_s=settings.slo_ms / 1000 or float("inf"),
-            tells_clients_apart=settings.max_client_share < 1,
-        )
-        access = Access(_access_files(settings))
+        decoder = image_decoder(settings, usable_cpus(), self._cleanup)
+        boundary = call_boundary(settings, self._metrics)
+        access = Access(access_files(settings))
         access.warn_if_open(settings.host)
         inference = Inference(self._catalogue, decoder)
-        tracing = self._tracing()
+        tracing = open_tracing(settings, self._cleanup)
         rest = RestFace(
             self._catalogue,
             inference,
@@ -164,23 +158,36 @@ class App:
             tracing.traced_route if tracing else None,
         )
         await self._listen_http(rest, access)
-        listener = GrpcListener(
-            settings.host,
-            settings.port,
-            max_message_bytes,
-            access=access,
-            transport=Transport(settings.transport),
+        self._front = self._grpc_front(max_message_bytes, access, decoder, boundary, tracing)
+        self._cleanup.push_async_callback(self._front.drain, settings.drain_timeout_s)
+        await self._front.start()
+
+    def _grpc_front(
+        self,
+        max_message_bytes: int,
+        access: Access,
+        decoder: ImageDecoder,
+        boundary: CallBoundary,
+        tracing: "Tracing | None",
+    ) -> GrpcFace | FrontEnds:
+        settings = self._settings
+        transport = Transport(settings.transport)
+        if settings.front_ends:
+            if transport is not Transport.NATIVE:
+                raise StartupError("--front-ends: expected --transport native beside it")
+            front_ends = FrontEnds(settings, max_message_bytes, self._catalogue, self._registry)
+            self.port = front_ends.port
+            return front_ends
+        listener = GrpcListener.open(
+            settings.host, settings.port, max_message_bytes, access=access, transport=transport
         )
         self.port = listener.port
-        self._grpc = GrpcFace(
-            listener, self._catalogue, decoder, boundary, tracing.traced if tracing else None
-        )
-        await self._grpc.start()
-        self._cleanup.push_async_callback(self._grpc.drain, settings.drain_timeout_s)
+        trace = tracing.traced if tracing else None
+        return GrpcFace(listener, self._catalogue, decoder, boundary, trace)
 
     async def _listen_http(self, rest: RestFace, access: Access) -> None:
         settings = self._settings
-        face = HttpFace(rest, self._catalogue, self._metrics.registry, settings.ui)
+        face = HttpFace(rest, self._catalogue, self._registry, settings.ui)
         listener = HttpListener(
             settings.host,
             settings.http_port,
@@ -193,7 +200,7 @@ class App:
         self._cleanup.push_async_callback(listener.stop, settings.drain_timeout_s)
 
     def _model_changed(self, name: str, ready: bool | None) -> None:
-        self._grpc.model_changed(name, ready)
+        self._front.model_changed(name, ready)
 
     async def _listen_for_admin(self, manager: ModelManager) -> None:
         settings = self._settings
@@ -202,11 +209,11 @@ class App:
         if settings.admin_token_file is None:
             raise StartupError("--admin-port: expected --admin-token-file beside it")
         files = replace(
-            _access_files(settings),
+            access_files(settings),
             token=settings.admin_token_file,
             token_flag="--admin-token-file",
         )
-        listener = GrpcListener(
+        listener = GrpcListener.open(
             settings.host,
             settings.admin_port,
             _MESSAGE_OVERHEAD_BYTES,
@@ -220,30 +227,20 @@ class App:
         await listener.start((_INFERENCE.full_name,))
         self._cleanup.push_async_callback(listener.drain, 0)
 
-    def _tracing(self) -> "Tracing | None":
-        if not self._settings.otlp_endpoint:
-            return None
-        try:
-            from server.telemetry import Tracing
-        except ImportError as error:
-            raise StartupError("--otlp-endpoint: expected the extra otel installed") from error
-        tracing = Tracing(self._settings.otlp_endpoint)
-        self._cleanup.push_async_callback(asyncio.to_thread, tracing.close)
-        return tracing
-
     async def lame_duck(self) -> None:
         """Reports NOT_SERVING and answers on for as long as the settings say."""
-        self._become(ServerState.LAME_DUCK)
+        await self._become(ServerState.LAME_DUCK)
         await asyncio.sleep(self._settings.lame_duck_seconds)
 
-    def _drain(self) -> None:
-        self._become(ServerState.DRAINING)
+    async def _drain(self) -> None:
+        await self._become(ServerState.DRAINING)
         for model in self._catalogue:
             model.batcher.stop_delaying()
 
-    def _become(self, state: ServerState) -> None:
+    async def _become(self, state: ServerState) -> None:
         self._catalogue.state = state
-        self._grpc.state_changed()
+        self._front.state_changed()
+        await self._front.settled()
 
 
 async def serve(settings: ServerSettings, registry: CollectorRegistry) -> None:
@@ -286,12 +283,6 @@ def _canary_limits(settings: ServerSettings) -> CanaryLimits | None:
     )
 
 
-def _access_files(settings: ServerSettings) -> AccessFiles:
-    return AccessFiles(
-        settings.tls_certificate, settings.tls_key, settings.tls_client_ca, settings.token_file
-    )
-
-
 def _max_message_bytes(settings: ServerSettings, folders: list[ModelFolder]) -> int:
     """The largest request for the largest images that lie there must fit into one message."""
     largest = max(map(_largest_sample_bytes, folders))
@@ -329,6 +320,6 @@ def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:
         device,
         threads=max(1, cpus // instances),
         limits=limits,
-        slo_s=settings.slo_ms / 1000 or float("inf"),
+        slo_s=slo_s(settings),
         public_key=read_public_key(required) if required else None,
     )

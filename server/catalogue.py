@@ -39,6 +39,20 @@ class Models(Protocol):
 
 
 Model = TypeVar("Model", bound=ServedModel)
+Model_contra = TypeVar("Model_contra", bound=ServedModel, contravariant=True)
+
+
+class Follower(Protocol[Model_contra]):
+    """Is told what changes in a catalogue."""
+
+    def admitted(self, model: Model_contra) -> None:
+        """There is a version more."""
+
+    def made_default(self, model: Model_contra) -> None:
+        """A version answers requests that name none."""
+
+    def removed(self, model: Model_contra) -> None:
+        """There is a version less."""
 
 
 class ModelCatalogue(Generic[Model]):
@@ -54,7 +68,12 @@ class ModelCatalogue(Generic[Model]):
     def __init__(self) -> None:
         self._defaults: dict[str, Model] = {}
         self._versions: dict[str, dict[int, Model]] = {}
+        self._followers: list[Follower[Model]] = []
         self.state = ServerState.STARTING
+
+    def follow(self, follower: Follower[Model]) -> None:
+        """Tells somebody of every change from here on."""
+        self._followers.append(follower)
 
     @property
     def ready(self) -> bool:
@@ -69,15 +88,21 @@ class ModelCatalogue(Generic[Model]):
     def add(self, model: Model) -> None:
         """Lets requests that name this version find it."""
         self._versions.setdefault(model.name, {})[model.version] = model
+        for follower in self._followers:
+            follower.admitted(model)
 
     def make_default(self, model: Model) -> None:
         """Lets requests that name no version find this one from now on."""
         self._defaults[model.name] = model
+        for follower in self._followers:
+            follower.made_default(model)
 
     def remove(self, model: Model) -> None:
         """Lets nobody find a version any more."""
         if self.get(model.name, model.version) is model:
             del self._versions[model.name][model.version]
+            for follower in self._followers:
+                follower.removed(model)
         if self._defaults.get(model.name) is model:
             del self._defaults[model.name]
 

@@ -120,6 +120,10 @@ class OverloadedError(RequestError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[type["OverloadedError"], tuple[str, float]]:
+        """Pickles both arguments, for a front end."""
+        return type(self), (str(self), self.retry_after_s)
+
 
 class DeadlineExceededError(RequestError):
     """The request cannot be answered before its deadline, or was not."""

@@ -81,6 +81,8 @@ class GrpcFace:
     def state_changed(self) -> None:
         """The catalogue's state is another."""
         state = self._catalogue.state
+        if state is ServerState.STARTING:
+            return
         if state is ServerState.SERVING:
             for name in (WHOLE_SERVER, *_SERVICES, *(model.name for model in self._catalogue)):
                 self._health.set(name, serving=True)
@@ -88,3 +90,6 @@ class GrpcFace:
             self._health.drain()
         if state is ServerState.DRAINING:
             self._streams.close()
+
+    async def settled(self) -> None:
+        """Waits until callers see what was told; here they do at once."""

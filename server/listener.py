@@ -1,5 +1,6 @@
 """A gRPC listener: its port, its limits, the services on it."""
 
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from enum import Enum
 from typing import Any
@@ -24,23 +25,22 @@ class GrpcListener:
     """Listens on one address and answers until it is drained.
 
     Args:
-        host: Address to listen on.
-        port: 0 picks a free one; `port` then tells which.
-        max_message_bytes: Of a request and of a reply.
-        access: Who may call.
-        transport: What carries the calls.
-        flag: The setting that chose the port, for the message.
-
-    Attributes:
         server: Where services are added before `start`.
         port: The port it listens on.
 
-    Raises:
-        StartupError: The port is in use or not permitted.
+    Example:
+        listener = GrpcListener.open("127.0.0.1", 8001, max_message_bytes, access=access)
+        add_…_to_server(servicer, listener.server)
+        await listener.start(services)
     """
 
-    def __init__(
-        self,
+    def __init__(self, server: GrpcServer | grpc.aio.Server, port: int) -> None:
+        self.server = server
+        self.port = port
+
+    @classmethod
+    def open(
+        cls,
         host: str,
         port: int,
         max_message_bytes: int,
@@ -48,25 +48,41 @@ class GrpcListener:
         access: Access,
         transport: Transport = Transport.NATIVE,
         flag: str = "--port",
-    ) -> None:
-        self.server: GrpcServer | grpc.aio.Server
+    ) -> "GrpcListener":
+        """Takes a port.
+
+        Args:
+            host: Address to listen on.
+            port: 0 picks a free one.
+            max_message_bytes: Of a request and of a reply.
+            access: Who may call.
+            transport: What carries the calls.
+            flag: The setting that chose the port, for the message.
+
+        Raises:
+            StartupError: The port is in use or not permitted.
+        """
         try:
             if transport is Transport.NATIVE:
-                limits = TransportLimits(max_message_bytes=max_message_bytes)
-                native = GrpcServer(limits, access.allows_rpc)
-                self.server = native
-                self.port = native.listen(host, port, access.tls_context(["h2"]))
-            else:
-                self.server = _grpcio_server(max_message_bytes, access)
-                address = f"{host}:{port}"
-                if credentials := access.grpcio_credentials():
-                    self.port = int(self.server.add_secure_port(address, credentials))
-                else:
-                    self.port = int(self.server.add_insecure_port(address))
+                native = _native_server(max_message_bytes, access)
+                return cls(native, native.listen(host, port, access.tls_context(["h2"])))
+            server = _grpcio_server(max_message_bytes, access)
+            address = f"{host}:{port}"
+            if credentials := access.grpcio_credentials():
+                return cls(server, server.add_secure_port(address, credentials))
+            return cls(server, server.add_insecure_port(address))
         except (OSError, RuntimeError) as error:
             raise StartupError(
                 f"{flag}: cannot listen on {host}:{port}: the port is in use or not permitted"
             ) from error
+
+    @classmethod
+    def on_socket(
+        cls, listening: socket.socket, max_message_bytes: int, access: Access
+    ) -> "GrpcListener":
+        """Takes a socket that listens already; the native transport answers on it."""
+        server = _native_server(max_message_bytes, access)
+        return cls(server, server.adopt(listening, access.tls_context(["h2"])))
 
     async def start(self, services: Sequence[str]) -> None:
         """Begins to answer; reflection lists these services and itself."""
@@ -79,6 +95,10 @@ class GrpcListener:
     async def drain(self, timeout_s: float) -> None:
         """Refuses new calls, lets accepted ones finish, cancels what is left after the timeout."""
         await self.server.stop(timeout_s)
+
+
+def _native_server(max_message_bytes: int, access: Access) -> GrpcServer:
+    return GrpcServer(TransportLimits(max_message_bytes=max_message_bytes), access.allows_rpc)
 
 
 def _grpcio_server(max_message_bytes: int, access: Access) -> grpc.aio.Server:

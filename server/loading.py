@@ -114,7 +114,7 @@ class ModelLoader:
         requests = self._metrics.requests_of(manifest.name, manifest.version)
         precision = manifest.artefact(options.format).precision
         runs_on = RunsOn(backend.platform, backend.device, backend.provider, precision)
-        return LoadedModel(manifest, options.format, runs_on, batcher, requests, statistics)
+        return LoadedModel(manifest, options.format, runs_on, batcher, requests, statistics.read)
 
     def _read(self, folder: Path) -> tuple[Manifest, VerifiedFile, GoldenSamples]:
         manifest_bytes = read_manifest_bytes(folder)

@@ -1,8 +1,9 @@
 """A version in service, and the calls that hold it."""
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from server.batcher import BatchingLimits, DynamicBatcher
 from server.manifest import ArtefactFormat, Manifest
@@ -66,7 +67,7 @@ class ServedModel:
         runs_on: What really runs it.
         batcher: Where its requests go.
         requests: Counts them.
-        statistics: What its batcher did so far.
+        statistics: Tells what its batcher did so far.
         users: The calls that hold it.
     """
 
@@ -75,7 +76,7 @@ class ServedModel:
     runs_on: RunsOn
     batcher: Batcher
     requests: RequestMetrics
-    statistics: ModelStatistics
+    statistics: Callable[[], Coroutine[Any, Any, ModelStatistics]]
     users: Users = field(default_factory=Users)
 
     @property

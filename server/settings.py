@@ -121,6 +121,13 @@ class ServerSettings(BaseSettings):
         description="What carries gRPC: native runs on the server's own event loop and costs a "
         "fraction of the processor time per call; grpcio is gRPC's C core.",
     )
+    front_ends: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Processes that answer gRPC for the one that owns the device, on one port; for "
+        "machines with more processors than one process can use. 0: that one answers itself.",
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",

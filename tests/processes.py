@@ -12,6 +12,12 @@ from pathlib import Path
 
 START_TIMEOUT_S = 60
 LOG_TIMEOUT_S = 60
+# The ways that gRPC is answered; each must do all that the others do.
+GRPC_FLAGS: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "grpcio": ("--transport", "grpcio"),
+    "front ends": ("--front-ends", "2"),
+}
 
 
 def run_module(module: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:

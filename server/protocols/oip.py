@@ -171,9 +171,12 @@ class InferenceServicer:
         """Says what a model, or each of them, has done so far."""
         async with self._boundary.answering("ModelStatistics", context) as call:
             if request.name:
-                model = call.uses(self._inference.find(request.name, request.version))
-                return pb.ModelStatisticsResponse(model_stats=[model_statistics(model)])
-            return pb.ModelStatisticsResponse(model_stats=map(model_statistics, self._catalogue))
+                models = [call.uses(self._inference.find(request.name, request.version))]
+            else:
+                models = list(self._catalogue)
+            return pb.ModelStatisticsResponse(
+                model_stats=[await model_statistics(model) for model in models]
+            )
 
     async def _answer(
         self, request: pb.ModelInferRequest, call: Call, known: Collection[str] = ()

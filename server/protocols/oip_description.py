@@ -40,13 +40,13 @@ def model_config(model: ServedModel) -> config_pb.ModelConfig:
     )
 
 
-def model_statistics(model: ServedModel) -> pb.ModelStatistics:
+async def model_statistics(model: ServedModel) -> pb.ModelStatistics:
     """Returns what a model has done so far.
 
     Moving the pixels is part of inference here, so the stages around it are counted and take no
     time; there is no cache.
     """
-    done = model.statistics
+    done = await model.statistics()
     moved = pb.StatisticDuration(count=done.inference.count)
     return pb.ModelStatistics(
         name=model.name,

@@ -66,9 +66,14 @@ class GrpcServer:
             OSError: It is in use or not permitted.
         """
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return self.adopt(listening, tls)
+
+    def adopt(self, listening: socket.socket, tls: SSLContext | None = None) -> int:
+        """Takes a socket that listens already, and returns its port."""
+        self._socket = listening
         self._tls = tls
-        return int(self._socket.getsockname()[1])
+        return int(listening.getsockname()[1])
 
     async def start(self) -> None:
         """Begins to answer, on the running loop."""

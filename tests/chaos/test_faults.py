@@ -11,9 +11,10 @@ from pathlib import Path
 import grpc
 import pytest
 
+from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
 from tests.chaos.traffic import Traffic
-from tests.processes import ServerProcess, running_server
+from tests.processes import GRPC_FLAGS, ServerProcess, running_server
 from tests.server.test_process import infer_request
 
 FLAGS = ("--device", "cpu", "--poll-s", "0.05")
@@ -117,6 +118,8 @@ def test_a_log_that_cannot_be_written_stops_neither_answers_nor_swaps(publish):
         def version() -> str:
             return stub.ModelInfer(infer_request(), wait_for_ready=True, timeout=60).model_version
 
+        while not stub.ServerReady(pb.ServerReadyRequest(), wait_for_ready=True).ready:
+            pass
         assert version() == "1"
         publish(2)
         while version() != "2":
@@ -128,9 +131,9 @@ def test_a_log_that_cannot_be_written_stops_neither_answers_nor_swaps(publish):
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", GRPC_FLAGS)
 async def test_slow_and_vanishing_clients_do_not_disturb_the_others(publish, transport):
-    with running_server(publish(1).parent.parent, *FLAGS, "--transport", transport) as server:
+    with running_server(publish(1).parent.parent, *FLAGS, *GRPC_FLAGS[transport]) as server:
         host, port = server.address.split(":")
         slow = []
         traffic = Traffic(server.address)
@@ -167,8 +170,9 @@ async def vanish(server: ServerProcess) -> None:
     assert await process.wait() == 0
 
 
-async def test_sigterm_under_load_loses_nothing_that_was_accepted(publish):
-    with running_server(publish(1).parent.parent, *FLAGS) as server:
+@pytest.mark.parametrize("transport", ["native", "front ends"])
+async def test_sigterm_under_load_loses_nothing_that_was_accepted(publish, transport):
+    with running_server(publish(1).parent.parent, *FLAGS, *GRPC_FLAGS[transport]) as server:
         traffic = Traffic(server.address)
         async with traffic.flowing(callers=8):
             await traffic.answers(50)

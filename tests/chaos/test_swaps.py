@@ -6,16 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import numpy_helper
 
 from tests.chaos.traffic import Traffic
-from tests.processes import running_server
+from tests.processes import GRPC_FLAGS, running_server
 from tests.server.conftest import seal
 
 
-async def test_no_request_fails_while_versions_swap_every_second(publish):
+@pytest.mark.parametrize("transport", ["native", "front ends"])
+async def test_no_request_fails_while_versions_swap_every_second(publish, transport):
     models = publish(1).parent.parent
-    with running_server(models, "--device", "cpu", "--poll-s", "0.05") as server:
+    flags = ("--device", "cpu", "--poll-s", "0.05", *GRPC_FLAGS[transport])
+    with running_server(models, *flags) as server:
         traffic = Traffic(server.address)
         async with traffic.flowing():
             for version in range(2, 7):

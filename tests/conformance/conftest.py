@@ -16,7 +16,7 @@ import pytest
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
-from tests.processes import running_server
+from tests.processes import GRPC_FLAGS, running_server
 from tests.server.conftest import publish_version
 
 _DTYPES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64, "INT32": np.int32}
@@ -75,19 +75,21 @@ def outputs_of(reply: pb.ModelInferResponse) -> dict[str, np.ndarray]:
     return arrays
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", params=["native", "front ends"])
 def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Target]:
-    """The server that the command line names, or ours."""
+    """The server that the command line names, or ours, with and without front ends."""
     address = request.config.getoption("--address", None)
     model = request.config.getoption("--model", "colours")
     if address:
+        if request.param != "native":
+            pytest.skip("a server that is named is tested once")
         yield _describe(address, model)
         return
     repository = tmp_path_factory.mktemp("conformance")
     publish_version(repository / "colours" / "1")
-    with running_server(repository, "--device", "cpu") as server:
+    with running_server(repository, "--device", "cpu", *GRPC_FLAGS[request.param]) as server:
         yield _describe(server.address, "colours")
 
 

@@ -14,20 +14,20 @@ from PIL import Image
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc, model_config_pb2
 from convoy.v1 import classifier_pb2, classifier_pb2_grpc
-from tests.processes import ServerProcess, running_server
+from tests.processes import GRPC_FLAGS, ServerProcess, running_server
 from tests.server.conftest import HEIGHT, WIDTH, mean_colour_logits, publish_version, seal
 
 SHAPE = (HEIGHT, WIDTH, 3)
 
 
-@pytest.fixture(scope="module", params=["native", "grpcio"])
+@pytest.fixture(scope="module", params=GRPC_FLAGS)
 def process(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     models = tmp_path_factory.mktemp("models")
     folder = publish_version(models / "colours" / "1")
     seal(folder, abstain_threshold=0.4)
-    with running_server(models, "--device", "cpu", "--transport", request.param) as server:
+    with running_server(models, "--device", "cpu", *GRPC_FLAGS[request.param]) as server:
         yield server
 
 

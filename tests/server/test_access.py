@@ -15,10 +15,10 @@ from structlog.testing import capture_logs
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
 from server.access import Access, AccessFiles
-from tests.processes import run_module, running_server
+from tests.processes import GRPC_FLAGS, run_module, running_server
 from tests.server.certificates import Authority, serial_of
 
-TRANSPORTS = pytest.mark.parametrize("transport", ["native", "grpcio"])
+TRANSPORTS = pytest.mark.parametrize("transport", GRPC_FLAGS)
 
 
 def live(channel: grpc.Channel, token: str | None = None) -> str:
@@ -42,7 +42,7 @@ def eventually(ask, expected: object) -> None:
 def test_a_token_opens_and_health_needs_none(publish, tmp_path, transport):
     tokens = tmp_path / "tokens"
     tokens.write_text("first\nsecond\n")
-    flags = ["--device", "cpu", "--transport", transport, "--token-file", tokens]
+    flags = ["--device", "cpu", *GRPC_FLAGS[transport], "--token-file", tokens]
     with (
         running_server(publish().parent.parent, *flags) as server,
         grpc.insecure_channel(server.address) as channel,
@@ -104,7 +104,7 @@ def secure_channel(address: str, authority: Authority, client=(None, None)) -> g
 def test_tls_follows_a_replaced_certificate(publish, tmp_path, transport):
     authority = Authority()
     certificate, key = authority.issue_into(tmp_path)
-    flags = ["--device", "cpu", "--transport", transport]
+    flags = ["--device", "cpu", *GRPC_FLAGS[transport]]
     flags += ["--tls-certificate", certificate, "--tls-key", key]
     with running_server(publish().parent.parent, *flags) as server:
         host, port = server.address.split(":")
@@ -137,7 +137,7 @@ def test_mutual_tls_wants_a_certificate_of_its_authority(publish, tmp_path, tran
     certificate, key = authority.issue_into(tmp_path)
     client_ca = tmp_path / "clients.crt"
     client_ca.write_bytes(clients.pem)
-    flags = ["--device", "cpu", "--transport", transport, "--tls-client-ca", client_ca]
+    flags = ["--device", "cpu", *GRPC_FLAGS[transport], "--tls-client-ca", client_ca]
     flags += ["--tls-certificate", certificate, "--tls-key", key]
 
     def ask(client=(None, None)) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from convoy.v1 import classifier_pb2, classifier_pb2_grpc
 from server.catalogue import ServerState
-from tests.processes import running_server
+from tests.processes import GRPC_FLAGS, running_server
 from tests.server.conftest import HEIGHT, WIDTH
 from tests.server.inprocess import AbortedError, Context, servicers
 
@@ -43,12 +43,12 @@ async def test_a_stream_is_refused_as_a_whole_while_the_server_starts_or_drains(
     assert ended.value.code is grpc.StatusCode.UNAVAILABLE
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", GRPC_FLAGS)
 def test_a_stream_that_waits_does_not_hold_up_the_drain_and_its_caller_hears_of_it(
     publish, transport
 ):
     models = publish().parent.parent
-    flags = ("--device", "cpu", "--transport", transport, "--drain-timeout-s", "600")
+    flags = ("--device", "cpu", *GRPC_FLAGS[transport], "--drain-timeout-s", "600")
     outgoing = SimpleQueue()
     with (
         running_server(models, *flags) as server,

@@ -16,7 +16,7 @@ from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
 from server.backends.devices import count_cuda_devices
 from server.device_metrics import watch_devices
-from tests.processes import running_server
+from tests.processes import GRPC_FLAGS, running_server
 from tests.server.conftest import HEIGHT, WIDTH
 from tests.server.test_process import infer_request
 
@@ -50,10 +50,10 @@ def collector():
         thread.join()
 
 
-@pytest.mark.parametrize("transport", ["native", "grpcio"])
+@pytest.mark.parametrize("transport", GRPC_FLAGS)
 def test_a_call_is_a_span_in_its_callers_trace(publish, collector, transport):
     url, spans = collector
-    flags = ["--device", "cpu", "--otlp-endpoint", url, "--transport", transport]
+    flags = ["--device", "cpu", "--otlp-endpoint", url, *GRPC_FLAGS[transport]]
     with running_server(publish().parent.parent, *flags) as server:
         with grpc.insecure_channel(server.address) as channel:
             stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)

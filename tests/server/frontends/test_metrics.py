@@ -1,0 +1,69 @@
+"""The numbers of several processes as one."""
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.frontends.metrics import MergedRegistry, samples_of
+from server.metrics import ServerMetrics
+from server.requests import Outcome
+
+
+def registry_with(ok: int, version: int = 1) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    requests = ServerMetrics(registry).requests_of("digits", version)
+    for _ in range(ok):
+        requests.finished("ModelInfer", "OK", 0.003)
+        requests.outcome(Outcome.OK)
+    return registry
+
+
+def shown(registry: MergedRegistry, name: str, **labels: str) -> list[float]:
+    text = generate_latest(registry).decode()
+    return [
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    ]
+
+
+@pytest.fixture
+def merged() -> MergedRegistry:
+    merged = MergedRegistry(registry_with(ok=1))
+    merged.update(7, samples_of(registry_with(ok=10)))
+    merged.update(8, samples_of(registry_with(ok=100)))
+    return merged
+
+
+def test_counters_and_histograms_are_added_up(merged):
+    assert shown(merged, "convoy_outcomes_total", reason="ok") == [111]
+    duration = "convoy_request_duration_seconds"
+    assert shown(merged, f"{duration}_count") == [111]
+    assert shown(merged, f"{duration}_sum") == [pytest.approx(0.333)]
+    assert shown(merged, f"{duration}_bucket", le="0.0025") == [0]
+    assert shown(merged, f"{duration}_bucket", le="0.005") == [111]
+
+
+def test_what_only_another_process_counted_is_shown(merged):
+    merged.update(8, samples_of(registry_with(ok=5, version=2)))
+    assert shown(merged, "convoy_outcomes_total", version="1") == [11]
+    assert shown(merged, "convoy_outcomes_total", version="2") == [5]
+
+
+def test_nothing_falls_when_a_process_ends_and_another_starts(merged):
+    merged.ended(8)
+    assert shown(merged, "convoy_outcomes_total") == [111]
+    merged.update(9, samples_of(registry_with(ok=1000)))
+    assert shown(merged, "convoy_outcomes_total") == [1111]
+
+
+def test_a_version_that_is_gone_is_forgotten(merged):
+    merged.ended(8)
+    merged.forget("digits", 1)
+    assert shown(merged, "convoy_outcomes_total") == [1]
+
+
+def test_the_restricted_registry_has_the_named_samples_alone(merged):
+    (family,) = merged.restricted_registry(["convoy_outcomes_total"]).collect()
+    assert [sample.value for sample in family.samples if sample.value] == [111]
