@@ -136,6 +136,7 @@ class FrontEnds:
     def removed(self, model: LoadedModel) -> None:
         """The catalogue has a version less."""
         key = self._keys.pop(model)
+        self._registry.forget(model.name, model.version)
         for front_end in self._running:
             front_end.remove(key)
 

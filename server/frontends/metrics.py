@@ -50,14 +50,9 @@ class MergedRegistry(CollectorRegistry):
         self._others = others
 
     def forget(self, model: str, version: int) -> None:
-        """Takes out what processes counted for a version that is gone."""
+        """Takes out what ended processes counted for a version that is gone; others tell anew."""
         labels = {("model", model), ("version", str(version))}
-
-        def others(values: dict[SampleKey, float]) -> dict[SampleKey, float]:
-            return {key: value for key, value in values.items() if not labels <= set(key[1])}
-
-        self._past = others(self._past)
-        self._others = {process: others(values) for process, values in self._others.items()}
+        self._past = {key: value for key, value in self._past.items() if not labels <= set(key[1])}
 
     def collect(self) -> Iterator[Metric]:
         """Yields this process's metrics, with the others' values added."""

@@ -58,10 +58,10 @@ def test_nothing_falls_when_a_process_ends_and_another_starts(merged):
     assert shown(merged, "convoy_outcomes_total") == [1111]
 
 
-def test_a_version_that_is_gone_is_forgotten(merged):
+def test_of_a_version_that_is_gone_nothing_is_kept_for_ended_processes(merged):
     merged.ended(8)
     merged.forget("digits", 1)
-    assert shown(merged, "convoy_outcomes_total") == [1]
+    assert shown(merged, "convoy_outcomes_total") == [11]
 
 
 def test_the_restricted_registry_has_the_named_samples_alone(merged):
