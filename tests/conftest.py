@@ -1,11 +1,18 @@
 """What several test folders share: a model repository made by the real chain, a running server."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.processes import ServerProcess, run_module, running_server
+
+
+def pytest_configure() -> None:
+    # A shell starts its background jobs deaf to interrupts, and processes of tests inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
