@@ -42,6 +42,7 @@ class LoadOptions:
         limits: What a batcher may hold; its batch size is an upper bound.
         slo_s: In which time a request is to be answered; bounds the batch size too.
         public_key: Whose signature every version must bear; None asks for none.
+        cuda_graphs: Whether ONNX Runtime captures and replays a CUDA graph for each batch size.
     """
 
     format: ArtefactFormat
@@ -50,6 +51,7 @@ class LoadOptions:
     limits: BatchingLimits
     slo_s: float = float("inf")
     public_key: Ed25519PublicKey | None = None
+    cuda_graphs: bool = False
 
 
 class ModelLoader:
@@ -81,7 +83,9 @@ class ModelLoader:
         options = self._options
         started_s = time.monotonic()
         manifest, file, golden = self._read(folder)
-        backend = load_backend(options.format, file, options.device, options.threads)
+        backend = load_backend(
+            options.format, file, options.device, options.threads, options.cuda_graphs
+        )
         # The runtime has made its own of it, and warming up takes memory too.
         del file
         _check_graph(backend, manifest)

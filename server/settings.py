@@ -137,6 +137,11 @@ class ServerSettings(BaseSettings):
     backend: Literal["onnx", "torchscript", "exported-program", "aot-inductor"] = Field(
         "onnx", description="Which artefact runs. On a CPU onnx is the faster; it needs no torch."
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="With --backend onnx on CUDA: capture a graph of each batch size and replay "
+        "it, over buffers that stay on the device. Experimental.",
+    )
     slo_ms: float = Field(
         0.0,
         ge=0,

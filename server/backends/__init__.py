@@ -37,7 +37,11 @@ class Backend(Protocol):
 
 
 def load_backend(
-    format_: ArtefactFormat, file: VerifiedFile, device: Device, threads: int
+    format_: ArtefactFormat,
+    file: VerifiedFile,
+    device: Device,
+    threads: int,
+    cuda_graphs: bool = False,
 ) -> Backend:
     """Loads an artefact.
 
@@ -46,6 +50,7 @@ def load_backend(
         file: The artefact.
         device: Where to run; a device that is not usable is an error, never a silent fall-back.
         threads: CPU threads for one batch.
+        cuda_graphs: Whether ONNX Runtime captures and replays a CUDA graph for each batch size.
 
     Raises:
         DeviceError: The device cannot be used.
@@ -55,7 +60,7 @@ def load_backend(
         case ArtefactFormat.ONNX:
             from server.backends.onnx import OnnxBackend
 
-            return OnnxBackend(file, device, threads)
+            return OnnxBackend(file, device, threads, cuda_graphs)
         case ArtefactFormat.TORCHSCRIPT:
             from server.backends.torchscript import TorchScriptBackend
 

@@ -6,6 +6,7 @@ from typing import Any
 import onnxruntime as ort
 
 from server.backends.devices import Device
+from server.backends.onnx_bound import OUTPUT_NAMES, BoundSession
 from server.backends.onnx_file import check_self_contained
 from server.errors import DeviceError, DeviceMemoryError, RepositoryError
 from server.manifest import TensorSpec
@@ -24,7 +25,9 @@ class OnnxBackend:
 
     platform = "onnx_onnxv1"
 
-    def __init__(self, file: VerifiedFile, device: Device, threads: int) -> None:
+    def __init__(
+        self, file: VerifiedFile, device: Device, threads: int, cuda_graphs: bool = False
+    ) -> None:
         check_self_contained(file)
         if device.kind == "cuda":
             # Finds the CUDA libraries that came as Python packages.
@@ -32,7 +35,9 @@ class OnnxBackend:
         wanted = _CUDA_PROVIDER if device.kind == "cuda" else _CPU_PROVIDER
         try:
             self._session = ort.InferenceSession(
-                file.content, _session_options(device, threads), providers=_providers(device)
+                file.content,
+                _session_options(device, threads),
+                providers=_providers(device, cuda_graphs),
             )
         except Exception as error:
             # onnxruntime has no common exception type; its messages hold paths and stay in the log.
@@ -56,18 +61,18 @@ class OnnxBackend:
         self.inputs = _tensors(self._session.get_inputs())
         self.outputs = _tensors(self._session.get_outputs())
         self._input = self._session.get_inputs()[0].name
+        self._bound = BoundSession(self._session, device) if cuda_graphs else None
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`."""
         try:
-            logits, probabilities = self._session.run(
-                ["logits", "probabilities"], {self._input: images}
-            )
+            if self._bound:
+                return self._bound.run(images)
+            return Outputs(*self._session.run(OUTPUT_NAMES, {self._input: images}))
         except Exception as error:
             if _OUT_OF_MEMORY.search(str(error)):
                 raise DeviceMemoryError(f"no memory for {len(images)} images") from error
             raise
-        return Outputs(logits, probabilities)
 
 
 def _tensors(declared: list[Any]) -> tuple[TensorSpec, ...]:
@@ -93,7 +98,7 @@ def _session_options(device: Device, threads: int) -> ort.SessionOptions:
     return options
 
 
-def _providers(device: Device) -> list[str | tuple[str, dict[str, Any]]]:
+def _providers(device: Device, cuda_graphs: bool) -> list[str | tuple[str, dict[str, Any]]]:
     if device.kind == "cpu":
         return [_CPU_PROVIDER]
     cuda = {
@@ -101,5 +106,6 @@ def _providers(device: Device) -> list[str | tuple[str, dict[str, Any]]]:
         # The default search times every kernel again for each new batch size.
         "cudnn_conv_algo_search": "HEURISTIC",
         "arena_extend_strategy": "kSameAsRequested",
+        "enable_cuda_graph": int(cuda_graphs),
     }
     return [(_CUDA_PROVIDER, cuda)]

@@ -57,9 +57,11 @@ def wait_for_version(server: ServerProcess, version: str) -> None:
         assert time.monotonic() < deadline_s, server.events
 
 
-@pytest.mark.parametrize("backend", ["onnx", "torchscript"])
-def test_the_device_asked_for_runs_and_agrees(models, golden, device, backend):
-    with running_server(models, "--device", device, "--backend", backend) as server:
+@pytest.mark.parametrize(
+    ("backend", "flags"), [("onnx", []), ("onnx", ["--cuda-graphs"]), ("torchscript", [])]
+)
+def test_the_device_asked_for_runs_and_agrees(models, golden, device, backend, flags):
+    with running_server(models, "--device", device, "--backend", backend, *flags) as server:
         properties = dict(metadata(server).properties)
         assert properties["provider"] == PROVIDERS[backend, device]
         assert properties["device"].startswith(device)
