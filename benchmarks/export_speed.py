@@ -22,7 +22,7 @@ import onnxruntime as ort
 import openvino
 import torch
 
-from export import int8, onnx_format, torchscript
+from export import aot_inductor, int8, onnx_format, torchscript
 from export.servable import Servable
 from training import nets
 
@@ -53,14 +53,11 @@ def main() -> None:
 
 def candidates(name: str, folder: Path, threads: int) -> Iterator[tuple[int, dict[str, Call]]]:
     """Yields for each batch size a call of every candidate, compiled and warm."""
-    size_px = IMAGE_SIZES_PX[name]
-    torch.manual_seed(0)
-    servable = Servable(nets.create(name).eval(), MEAN, STD, 1.0).eval()
-    images = np.random.default_rng(0).integers(0, 256, (64, size_px, size_px, 3), np.uint8)
+    servable, images = write_artefacts(name, folder, max(BATCH_SIZES))
     example = torch.from_numpy(images[:2])
-    onnx_format.write(servable, example, folder / "model.onnx", {})
-    int8.quantize(folder / "model.onnx", folder / "model.int8.onnx", images)
     torchscript.write(servable, example, folder / "model.torchscript", {}, script=False)
+    aot_inductor.write(servable, example, folder / "model.aoti.pt2", {})
+    native = aot_inductor.load(folder / "model.aoti.pt2")
     frozen = torchscript.load(folder / "model.torchscript")
     sessions = {
         "onnx": session(folder / "model.onnx", threads),
@@ -81,15 +78,30 @@ def candidates(name: str, folder: Path, threads: int) -> Iterator[tuple[int, dic
             "eager": lambda t=tensor: without_gradients(servable, t),
             "channels last": lambda t=tensor: without_gradients(channels_last, t),
             "torchscript": lambda b=batch: frozen(b),
+            "aot-inductor": lambda b=batch: native(b),
             "torch.compile": lambda t=tensor: without_gradients(compiled, t),
             "openvino": lambda r=run_openvino, b=batch: r([b]),
         }
         yield batch_size, calls
 
 
-def session(path: Path, threads: int) -> ort.InferenceSession:
+def write_artefacts(name: str, folder: Path, count: int) -> tuple[Servable, np.ndarray]:
+    """Exports a net as model.onnx and model.int8.onnx; returns it, and as many images for it."""
+    size_px = IMAGE_SIZES_PX[name]
+    torch.manual_seed(0)
+    servable = Servable(nets.create(name).eval(), MEAN, STD, 1.0).eval()
+    images = np.random.default_rng(0).integers(0, 256, (max(64, count), size_px, size_px, 3))
+    images = images.astype(np.uint8)
+    onnx_format.write(servable, torch.from_numpy(images[:2]), folder / "model.onnx", {})
+    int8.quantize(folder / "model.onnx", folder / "model.int8.onnx", images)
+    return servable, images[:count]
+
+
+def session(path: Path, threads: int, profile_prefix: str = "") -> ort.InferenceSession:
     """Opens a graph with the options of the server's backend."""
     options = ort.SessionOptions()
+    options.enable_profiling = bool(profile_prefix)
+    options.profile_file_prefix = profile_prefix
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

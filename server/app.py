@@ -322,5 +322,6 @@ def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:
         limits=limits,
         slo_s=slo_s(settings),
         public_key=read_public_key(required) if required else None,
+        precision=settings.precision,
         cuda_graphs=settings.cuda_graphs,
     )

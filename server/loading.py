@@ -15,6 +15,7 @@ from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
 from server.errors import GraphError, RepositoryError
 from server.golden import GoldenSamples, check_answers, check_decoding, read_golden_samples
 from server.manifest import (
+    Artefact,
     ArtefactFormat,
     Manifest,
     TensorSpec,
@@ -38,6 +39,7 @@ class LoadOptions:
 
     Attributes:
         format: The artefact to run.
+        precision: Which of that format's: "fp32", "fp16", "bf16" or "int8".
         threads: CPU threads for one batch.
         limits: What a batcher may hold; its batch size is an upper bound.
         slo_s: In which time a request is to be answered; bounds the batch size too.
@@ -51,6 +53,7 @@ class LoadOptions:
     limits: BatchingLimits
     slo_s: float = float("inf")
     public_key: Ed25519PublicKey | None = None
+    precision: str = "fp32"
     cuda_graphs: bool = False
 
 
@@ -82,7 +85,7 @@ class ModelLoader:
         """
         options = self._options
         started_s = time.monotonic()
-        manifest, file, golden = self._read(folder)
+        manifest, artefact, file, golden = self._read(folder)
         backend = load_backend(
             options.format, file, options.device, options.threads, options.cuda_graphs
         )
@@ -93,7 +96,7 @@ class ModelLoader:
         latency = _warm_up(backend, manifest, options.limits.max_batch_size)
         limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
         warmup_s = time.monotonic() - warming_s
-        check_answers(golden, backend, manifest, manifest.artefact(options.format).tolerance)
+        check_answers(golden, backend, manifest, artefact.tolerance)
         observer = self._batches.observer(manifest, limits)
         statistics = ModelStatistics()
         batcher = DynamicBatcher(
@@ -116,20 +119,19 @@ class ModelLoader:
             load_s=round(load_s, 3),
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
-        precision = manifest.artefact(options.format).precision
-        runs_on = RunsOn(backend.platform, backend.device, backend.provider, precision)
+        runs_on = RunsOn(backend.platform, backend.device, backend.provider, artefact.precision)
         return LoadedModel(manifest, options.format, runs_on, batcher, requests, statistics.read)
 
-    def _read(self, folder: Path) -> tuple[Manifest, VerifiedFile, GoldenSamples]:
+    def _read(self, folder: Path) -> tuple[Manifest, Artefact, VerifiedFile, GoldenSamples]:
         manifest_bytes = read_manifest_bytes(folder)
         manifest = parse_manifest(folder, manifest_bytes)
-        artefact = manifest.artefact(self._options.format)
+        artefact = manifest.artefact(self._options.format, self._options.precision)
         if self._options.public_key:
             verify_signature(folder, manifest_bytes, self._options.public_key)
         file, samples = ModelVersion(folder, manifest).read_files(artefact.file, manifest.samples)
         golden = read_golden_samples(samples, manifest)
         check_decoding(golden, manifest)
-        return manifest, file, golden
+        return manifest, artefact, file, golden
 
 
 def _check_graph(backend: Backend, manifest: Manifest) -> None:

@@ -126,19 +126,19 @@ class Manifest:
         height, width, channels = self.input.shape[1:]
         return height, width, channels
 
-    def artefact(self, wanted: ArtefactFormat) -> Artefact:
-        """Returns the artefact of a format.
+    def artefact(self, wanted: ArtefactFormat, precision: str = "fp32") -> Artefact:
+        """Returns the artefact of a format and precision.
 
         Raises:
             ManifestError: The version has none.
         """
         for artefact in self.artefacts:
-            if artefact.format is wanted:
+            if (artefact.format, artefact.precision) == (wanted, precision):
                 return artefact
-        offered = ", ".join(artefact.format.value for artefact in self.artefacts)
+        offered = ", ".join(f"{each.format.value} {each.precision}" for each in self.artefacts)
         raise ManifestError(
             f"model {self.name!r} version {self.version}: expected an artefact of format "
-            f"{wanted.value!r}, found {offered or 'none'}"
+            f"{wanted.value!r} in {precision}, found {offered or 'none'}"
         )
 
 

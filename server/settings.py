@@ -137,6 +137,11 @@ class ServerSettings(BaseSettings):
     backend: Literal["onnx", "torchscript", "exported-program", "aot-inductor"] = Field(
         "onnx", description="Which artefact runs. On a CPU onnx is the faster; it needs no torch."
     )
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = Field(
+        "fp32",
+        description="Which variant of the artefact runs, of those that convoy-export --precision "
+        "wrote: fp16 and bf16 on CUDA, int8 on a CPU.",
+    )
     cuda_graphs: bool = Field(
         False,
         description="With --backend onnx on CUDA: capture a graph of each batch size and replay "

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 
 from convoy.v1 import model_manifest_pb2 as pb
 from export.errors import ParityError
@@ -15,6 +16,11 @@ from export.publishing import ModelFolder
 from export.samples import Samples, load_samples
 from export.source import ModelSource
 from export.versions import golden_expectation, read_version, verify
+from server.backends.devices import Device
+from server.batcher import BatchingLimits
+from server.loading import LoadOptions, ModelLoader
+from server.manifest import ArtefactFormat as ServedFormat
+from server.metrics import ServerMetrics
 from tests.export.conftest import MEAN, PORTABLE_FORMATS, STD
 from training import nets
 from training.data import Preprocessing, load_data
@@ -110,6 +116,17 @@ def test_verify_holds_each_precision_to_its_own_gate(variants: Published) -> Non
     version = read_version(variants.path)
     parities = verify(version, golden_expectation(version))
     assert len(parities) == 9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+def test_the_server_runs_the_variant_that_it_is_asked_for(
+    variants: Published, precision: str
+) -> None:
+    form = ServedFormat.TORCHSCRIPT if precision == "bf16" else ServedFormat.ONNX
+    limits = BatchingLimits(max_batch_size=2, max_queue_size=4)
+    options = LoadOptions(form, Device("cpu"), 1, limits, precision=precision)
+    model = ModelLoader(options, ServerMetrics(CollectorRegistry())).load(variants.path)
+    assert model.runs_on.precision == precision
 
 
 def test_calibration_shares_no_image_with_the_proof(samples: Samples) -> None:

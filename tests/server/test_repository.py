@@ -115,8 +115,10 @@ def test_a_damaged_manifest_is_one_line(publish, content):
 
 def test_a_missing_artefact_is_named(publish):
     manifest = read_manifest(publish())
-    with pytest.raises(ManifestError, match=r"expected .*'torchscript', found onnx"):
+    with pytest.raises(ManifestError, match=r"expected .*'torchscript' in fp32, found onnx fp32$"):
         manifest.artefact(ArtefactFormat.TORCHSCRIPT)
+    with pytest.raises(ManifestError, match=r"'onnx' in int8, found onnx fp32$"):
+        manifest.artefact(ArtefactFormat.ONNX, "int8")
 
 
 def test_the_manifest_of_a_version_reads_as_written(publish):
