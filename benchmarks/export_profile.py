@@ -1,9 +1,11 @@
-"""Shows where ONNX Runtime spends an image's time, by operator: its own profile of every node.
+"""Shows where an image's time goes, by operator: ONNX Runtime's own profile, and OpenVINO's.
 
+    uv pip install openvino       # for comparison only
     python -m benchmarks.export_profile [--threads 1] [--batches 1,32] [NET …]
 
-Each cell is microseconds an image in all nodes of an operator, as the optimised graph has them: the
-median of the runs. What no node accounts for is the row `between nodes`.
+Each cell is microseconds an image in all nodes of an operator, as the optimised graph has them. Of
+ONNX Runtime it is the median of the runs, and what no node accounts for is the row `between nodes`;
+of OpenVINO it is the last run. Profiling itself takes time, most at batch 1.
 """
 
 import argparse
@@ -15,9 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.export_speed import session, write_artefacts
+from benchmarks.export_speed import compile_openvino, session, write_artefacts
 
 RUNS = 30
+# Operators that take less, at every batch size, are left out.
+SHOWN_US = 1.0
 BETWEEN, WHOLE = "between nodes", "whole run"
 Profile = dict[str, float]
 
@@ -38,6 +42,11 @@ def main() -> None:
                     for size in batches
                 }
                 show(f"{name} {file}", profiles)
+            path = Path(folder) / "model.onnx"
+            profiles = {
+                size: profile_openvino(path, images[:size], arguments.threads) for size in batches
+            }
+            show(f"{name} by OpenVINO", profiles)
 
 
 def profile(path: Path, images: np.ndarray, threads: int) -> Profile:
@@ -51,6 +60,19 @@ def profile(path: Path, images: np.ndarray, threads: int) -> Profile:
         for operator, taken_us in single.items():
             by_operator[operator].append(taken_us / len(images))
     return {operator: statistics.median(taken_us) for operator, taken_us in by_operator.items()}
+
+
+def profile_openvino(path: Path, images: np.ndarray, threads: int) -> Profile:
+    """Returns microseconds an image by operator, of the float32 graph."""
+    request = compile_openvino(path, images, threads, profiled=True).create_infer_request()
+    for _ in range(RUNS):
+        request.infer([images])
+    by_operator: Profile = defaultdict(float)
+    for node in request.profiling_info:
+        taken_us = 1e6 * node.real_time.total_seconds() / len(images)
+        by_operator[node.node_type] += taken_us
+        by_operator[WHOLE] += taken_us
+    return by_operator
 
 
 def runs_of(events: list[dict]) -> list[Profile]:
@@ -69,12 +91,15 @@ def runs_of(events: list[dict]) -> list[Profile]:
 
 
 def show(title: str, profiles: dict[int, Profile]) -> None:
-    operators = sorted({operator for found in profiles.values() for operator in found})
-    operators.sort(key=lambda operator: max(found.get(operator, 0) for found in profiles.values()))
+    most_us: Profile = defaultdict(float)
+    for found in profiles.values():
+        for operator, taken_us in found.items():
+            most_us[operator] = max(most_us[operator], taken_us)
     print(f"\n{title}, us an image at batch {', '.join(map(str, profiles))}")
-    for operator in reversed(operators):
-        cells = "".join(f"{found.get(operator, 0):10.2f}" for found in profiles.values())
-        print(f"  {operator:24}{cells}", flush=True)
+    for operator in sorted(most_us, key=lambda name: -most_us[name]):
+        if most_us[operator] >= SHOWN_US:
+            cells = "".join(f"{found.get(operator, 0):10.2f}" for found in profiles.values())
+            print(f"  {operator:24}{cells}", flush=True)
 
 
 if __name__ == "__main__":

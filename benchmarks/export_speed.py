@@ -108,13 +108,16 @@ def session(path: Path, threads: int, profile_prefix: str = "") -> ort.Inference
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def compile_openvino(path: Path, batch: np.ndarray, threads: int) -> Call:
+def compile_openvino(
+    path: Path, batch: np.ndarray, threads: int, profiled: bool = False
+) -> openvino.CompiledModel:
     """Compiles the graph for one shape, which OpenVINO runs fastest."""
     model = openvino.Core().read_model(path)
     model.reshape(list(batch.shape))
     # It would compute in bfloat16 of its own accord where the processor can.
     precision = {"INFERENCE_PRECISION_HINT": "f32"}
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, **precision}
+    settings["PERF_COUNT"] = profiled
     return openvino.Core().compile_model(model, "CPU", settings)
 
 
