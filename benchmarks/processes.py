@@ -34,11 +34,13 @@ class Server:
     Attributes:
         pid: 0 where it was not started here.
         ready_s: From the start of the process until it served.
+        http: "http://HOST:PORT" where it has such a port.
     """
 
     address: str
     pid: int
     ready_s: float
+    http: str = ""
 
     @property
     def rss_mb(self) -> float:
@@ -73,7 +75,9 @@ def serving(command: Sequence[str], address: str) -> Iterator[Server]:
             for line in process.stderr:
                 event = json.loads(line) if line.startswith("{") else {}
                 if event.get("event") == "serving":
-                    yield Server(event["grpc"], process.pid, time.monotonic() - started_s)
+                    ready_s = time.monotonic() - started_s
+                    http = f"http://{event.get('http', '')}"
+                    yield Server(event["grpc"], process.pid, ready_s, http)
                     break
             else:
                 raise SystemExit(f"{command[0]} did not start")

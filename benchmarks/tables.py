@@ -7,15 +7,15 @@ from typing import Any
 Rounds = dict[str, dict[str, list[dict[str, Any]]]]
 
 
-def raw_table(alone: dict[str, dict[str, float]]) -> str:
+def rawtable(alone: dict[str, dict[str, float]]) -> str:
     batches = list(next(iter(alone.values())))
     rows = [[name, *(f"{found[batch]:.0f}" for batch in batches)] for name, found in alone.items()]
-    return "Raw ONNX Runtime in process, images/s\n\n" + _table(
+    return "Raw ONNX Runtime in process, images/s\n\n" + table(
         ["one-thread sessions", *(f"batch {batch}" for batch in batches)], rows
     )
 
 
-def closed_table(found: Rounds, images: int) -> str:
+def closedtable(found: Rounds, images: int) -> str:
     loads = list(next(iter(found.values())))
     rows = []
     for name, runs in found.items():
@@ -35,17 +35,17 @@ def closed_table(found: Rounds, images: int) -> str:
         f"; {images} image(s) a request"
     )
     columns = ["server", *head, "server CPU ms/image", "RSS MiB", "ready s"]
-    return f"{title}\n\n" + _table(columns, rows)
+    return f"{title}\n\n" + table(columns, rows)
 
 
-def goodput_table(found: Rounds, capacity_per_s: float, slo_ms: float) -> str:
+def goodputtable(found: Rounds, capacity_per_s: float, slo_ms: float) -> str:
     loads = list(next(iter(found.values())))
     rows = [[name, *(_open(runs[load]) for load in loads)] for name, runs in found.items()]
     title = (
         f"Open loop, Poisson: answered within {slo_ms:g} ms a second, median [least-greatest] "
         f"(p99 ms of the answered), at multiples of {capacity_per_s:.0f}/s"
     )
-    return f"{title}\n\n" + _table(["server", *(f"{load}x" for load in loads)], rows)
+    return f"{title}\n\n" + table(["server", *(f"{load}x" for load in loads)], rows)
 
 
 def plot_goodput(found: Rounds, path: Path) -> None:
@@ -94,6 +94,6 @@ def _median(values: Any) -> float:
     return float(statistics.median(values))
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
