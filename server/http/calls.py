@@ -9,6 +9,7 @@ from typing import TypeVar
 import grpc
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Message
 
 from server.errors import InvalidRequestError
 from server.protocols.calls import Call, CallBoundary, Failure
@@ -28,6 +29,7 @@ HTTP_STATUS_OF = {
 }
 # The caller does not read it; nginx's number for "client closed request" is what logs will know.
 _CALLER_LEFT = 499
+_WATCHED_AFTER_S = 0.05
 
 
 class CallerLeftError(asyncio.CancelledError):
@@ -101,23 +103,31 @@ async def while_connected(request: Request, work: Coroutine[object, object, Answ
     """
     task = asyncio.current_task()
     assert task
+    watch: asyncio.Future[Message] | None = None
     working = True
 
-    def leave(left: "asyncio.Future[object]") -> None:
+    def leave(left: "asyncio.Future[Message]") -> None:
         if working and not left.cancelled():
             task.cancel()
 
-    watch: asyncio.Future[object] = asyncio.ensure_future(request.receive())
-    watch.add_done_callback(leave)
+    def look() -> None:
+        nonlocal watch
+        watch = asyncio.ensure_future(request.receive())
+        watch.add_done_callback(leave)
+
+    # A task for each request is dear, and most are answered before they need one.
+    later = asyncio.get_running_loop().call_later(_WATCHED_AFTER_S, look)
     try:
         return await work
     except asyncio.CancelledError:
-        if watch.done() and not watch.cancelled() and task.uncancel() == 0:
+        if watch and watch.done() and not watch.cancelled() and task.uncancel() == 0:
             raise CallerLeftError from None
         raise
     finally:
         working = False
-        watch.cancel()
+        later.cancel()
+        if watch:
+            watch.cancel()
 
 
 def _refusal(failure: Failure) -> Response:
