@@ -1,5 +1,6 @@
 """Measurements of servers as Markdown tables and a plot."""
 
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 Rounds = dict[str, dict[str, list[dict[str, Any]]]]
 
 
-def rawtable(alone: dict[str, dict[str, float]]) -> str:
+def raw_table(alone: dict[str, dict[str, float]]) -> str:
     batches = list(next(iter(alone.values())))
     rows = [[name, *(f"{found[batch]:.0f}" for batch in batches)] for name, found in alone.items()]
     return "Raw ONNX Runtime in process, images/s\n\n" + table(
@@ -15,7 +16,7 @@ def rawtable(alone: dict[str, dict[str, float]]) -> str:
     )
 
 
-def closedtable(found: Rounds, images: int) -> str:
+def closed_table(found: Rounds, images: int, raw_per_s: float) -> str:
     loads = list(next(iter(found.values())))
     rows = []
     for name, runs in found.items():
@@ -26,24 +27,32 @@ def closedtable(found: Rounds, images: int) -> str:
         )
         memory = f"{_median(run['rss_mb'] for run in last):.0f}"
         ready = f"{_median(run['ready_s'] for run in last):.2f}"
-        rows.append(
-            [name, *(_closed(runs[load]) for load in loads), f"{cpu_ms:.2f}", memory, ready]
-        )
+        shares = sorted(_of_raw(run, images, raw_per_s) for run in last)
+        share = f"{statistics.median(shares):.2f} [{shares[0]:.2f}-{shares[-1]:.2f}]"
+        cells = (_closed(runs[load]) for load in loads)
+        rows.append([name, *cells, share, f"{cpu_ms:.2f}", memory, ready])
     head = [f"{load} under way" for load in loads]
     title = (
         "Closed loop: requests/s, median [least-greatest] (p50 / p99 ms)"
-        f"; {images} image(s) a request"
+        f"; {images} image(s) a request; the other columns at {loads[-1]} under way"
     )
-    columns = ["server", *head, "server CPU ms/image", "RSS MiB", "ready s"]
+    columns = ["server", *head, "of raw", "server CPU ms/image", "RSS MiB", "ready s"]
     return f"{title}\n\n" + table(columns, rows)
 
 
-def goodputtable(found: Rounds, capacity_per_s: float, slo_ms: float) -> str:
+def _of_raw(run: dict[str, Any], images: int, raw_per_s: float) -> float:
+    """Images/s as a part of what ONNX Runtime does on the processors that the client leaves."""
+    left = 1 - run["client_cores"] / len(os.sched_getaffinity(0))
+    return run["throughput_per_s"] * images / (raw_per_s * left)
+
+
+def goodput_table(found: Rounds, capacity_per_s: float, slo_ms: float) -> str:
     loads = list(next(iter(found.values())))
     rows = [[name, *(_open(runs[load]) for load in loads)] for name, runs in found.items()]
     title = (
         f"Open loop, Poisson: answered within {slo_ms:g} ms a second, median [least-greatest] "
-        f"(p99 ms of the answered), at multiples of {capacity_per_s:.0f}/s"
+        "(p99 ms of the answered / of how late the client sent), "
+        f"at multiples of {capacity_per_s:.0f}/s"
     )
     return f"{title}\n\n" + table(["server", *(f"{load}x" for load in loads)], rows)
 
@@ -77,7 +86,8 @@ def _closed(runs: list[dict[str, Any]]) -> str:
 def _open(runs: list[dict[str, Any]]) -> str:
     answered = [run["latency_s"]["p99"] for run in runs if run["completed"]]
     p99 = f"{1000 * _median(answered):.0f}" if answered else "-"
-    return f"{_spread(run['goodput_per_s'] for run in runs)} ({p99})"
+    late = 1000 * _median(run["client"]["lag_p99_s"] for run in runs)
+    return f"{_spread(run['goodput_per_s'] for run in runs)} ({p99} / {late:.0f})"
 
 
 def _length_s(run: dict[str, Any]) -> float:

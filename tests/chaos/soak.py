@@ -27,8 +27,6 @@ from tests.processes import ServerProcess, running_server
 from tests.server.conftest import HEIGHT, WIDTH, mean_colour_logits, publish_version
 
 CALLERS = 16
-SWAP_EVERY_S = 30.0
-SAMPLE_EVERY_S = 5.0
 MAX_GROWTH = 0.05
 EXPECTED = {"OK", "CANCELLED", "DEADLINE_EXCEEDED"}
 
@@ -42,12 +40,33 @@ def resident_mib(pid: int) -> float:
 
 
 class Soak:
-    """The load of one run, with what came of it."""
+    """The load of one run, with what came of it.
 
-    def __init__(self, server: ServerProcess, models: Path, minutes: float) -> None:
+    Args:
+        server: Who answers.
+        models: Its repository.
+        minutes: When to stop.
+        requests: When to stop sooner.
+        swap_every_s: When a new version is published.
+        sample_every_s: When the memory is measured.
+    """
+
+    def __init__(
+        self,
+        server: ServerProcess,
+        models: Path,
+        minutes: float,
+        *,
+        requests: float = float("inf"),
+        swap_every_s: float = 30.0,
+        sample_every_s: float = 5.0,
+    ) -> None:
         self._server = server
         self._models = models
         self._until_s = time.monotonic() + 60 * minutes
+        self._requests = requests
+        self._swap_every_s = swap_every_s
+        self._sample_every_s = sample_every_s
         self._random = random.Random(0)
         self.codes: Counter[str] = Counter()
         self.wrong = 0
@@ -61,6 +80,8 @@ class Soak:
             await asyncio.gather(self._publish(), self._measure(), *callers)
 
     def _left_s(self) -> float:
+        if self.codes.total() >= self._requests:
+            return 0.0
         return self._until_s - time.monotonic()
 
     async def _call(self, stub: inference_pb2_grpc.GRPCInferenceServiceStub, seed: int) -> None:
@@ -88,8 +109,8 @@ class Soak:
 
     async def _publish(self) -> None:
         version = 1
-        while self._left_s() > SWAP_EVERY_S:
-            await asyncio.sleep(SWAP_EVERY_S)
+        while self._left_s() > self._swap_every_s:
+            await asyncio.sleep(self._swap_every_s)
             version += 1
             staged = publish_version(self._models.parent / "staged" / "colours" / str(version))
             staged.rename(self._models / "colours" / str(version))
@@ -97,7 +118,7 @@ class Soak:
     async def _measure(self) -> None:
         started_s = time.monotonic()
         while self._left_s() > 0:
-            await asyncio.sleep(min(SAMPLE_EVERY_S, max(0.0, self._left_s())))
+            await asyncio.sleep(min(self._sample_every_s, max(0.0, self._left_s())))
             self.memory_mib.append(resident_mib(self._server.process.pid))
             print(
                 f"{time.monotonic() - started_s:6.0f} s  {self.memory_mib[-1]:7.1f} MiB  "
@@ -106,7 +127,7 @@ class Soak:
             )
 
 
-def faults(soak: Soak, exit_code: int) -> list[str]:
+def faults(soak: Soak, exit_code: int, max_growth: float = MAX_GROWTH) -> list[str]:
     """Returns what the run must not have shown."""
     found = []
     if soak.wrong:
@@ -121,7 +142,7 @@ def faults(soak: Soak, exit_code: int) -> list[str]:
     before = statistics.median(soak.memory_mib[quarter : 2 * quarter])
     after = statistics.median(soak.memory_mib[-quarter:])
     print(f"resident memory: {before:.1f} MiB in the second quarter, {after:.1f} MiB in the last")
-    if after > (1 + MAX_GROWTH) * before:
+    if after > (1 + max_growth) * before:
         found.append(f"memory grew from {before:.1f} to {after:.1f} MiB")
     return found
 

@@ -1,0 +1,154 @@
+"""What must not slow a server down: a thousand idle connections, and a large model that loads.
+
+    python -m benchmarks.disturbances MODELS small --large OTHER_MODELS/resnet18/1
+
+One server, one closed loop of requests, measured in turn with and without each disturbance. The
+large model is copied to the side, moved into the repository when the load begins, served by the
+end of it, and taken away again. Prints the median [least-greatest] over the rounds.
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import shutil
+import socket
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import grpc
+
+from benchmarks.processes import Server, serving
+from benchmarks.server import Run, load
+from benchmarks.tables import table
+from convoy.oip.v2 import inference_pb2 as pb
+from convoy.oip.v2 import inference_pb2_grpc
+from server.transport import frames
+
+CONNECTIONS = 1000
+_WARM_S = 1.5
+_PATIENCE_S = 120.0
+
+
+@contextmanager
+def idle_connections(address: str) -> Iterator[None]:
+    """Holds connections that greeted and ask for nothing."""
+    host, _, port = address.rpartition(":")
+    with contextlib.ExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            peer = stack.enter_context(socket.create_connection((host, int(port))))
+            peer.sendall(frames.PREFACE + frames.settings({}))
+        yield
+
+
+@contextmanager
+def large_model(address: str, models: Path, version: Path) -> Iterator[None]:
+    """Publishes a model while the load runs, sees it served, and takes it away."""
+    name = version.parent.name
+    with tempfile.TemporaryDirectory(dir=models.parent) as aside:
+        copy = Path(aside) / name
+        shutil.copytree(version.parent, copy)
+        publishing = threading.Timer(_WARM_S, copy.rename, [models / name])
+        publishing.start()
+        try:
+            yield
+            publishing.join()
+            wait_until_ready(address, name, ready=True)
+        finally:
+            publishing.join()
+            shutil.rmtree(models / name)
+            wait_until_ready(address, name, ready=False)
+
+
+def wait_until_ready(address: str, model: str, *, ready: bool) -> None:
+    until_s = time.monotonic() + _PATIENCE_S
+    with grpc.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        while stub.ModelReady(pb.ModelReadyRequest(name=model)).ready != ready:
+            if time.monotonic() > until_s:
+                raise SystemExit(f"{model}: expected ready={ready}")
+            time.sleep(0.05)
+
+
+def measure(
+    server: Server,
+    arguments: argparse.Namespace,
+    disturbance: Callable[[], AbstractContextManager[None]],
+) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {"without": [], "with": []}
+    for _ in range(arguments.rounds):
+        for kind, runs in found.items():
+            with disturbance() if kind == "with" else contextlib.nullcontext():
+                runs.append(load(server, arguments, "--concurrency", arguments.concurrency))
+    return found
+
+
+def row(name: str, found: dict[str, list[Run]]) -> list[str]:
+    cells = [name]
+    for percentile in ("p50", "p99"):
+        without, disturbed = (
+            [1000 * run["latency_s"][percentile] for run in found[kind]]
+            for kind in ("without", "with")
+        )
+        ratios = [after / before for before, after in zip(without, disturbed, strict=True)]
+        cells += [spread(without, 1), spread(disturbed, 1), spread(ratios, 2)]
+    return [*cells, str(sum(sum(run["errors"].values()) for run in found["with"]))]
+
+
+def spread(values: list[float], digits: int) -> str:
+    median, least, greatest = statistics.median(values), min(values), max(values)
+    return f"{median:.{digits}f} [{least:.{digits}f}-{greatest:.{digits}f}]"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", type=Path, help="a model repository")
+    parser.add_argument("model", help="which of its models answers the load")
+    parser.add_argument("--large", type=Path, required=True, help="the version that is loaded")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement")
+    parser.add_argument("--concurrency", default="8")
+    parser.add_argument("--calm", type=float, default=0.2, help="as in benchmarks.server")
+    parser.add_argument("--tries", type=int, default=1)
+    arguments = parser.parse_args()
+    arguments.images, arguments.slo_ms = 1, 50.0
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    # The server inherits the limit.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder) / "models"
+        shutil.copytree(arguments.models / arguments.model, models / arguments.model)
+        command = ["server", "--repository", str(models), "--device", "cpu", "--poll-s", "0.2"]
+        command += ["--port", "0", "--http-port", "0", "--log-format", "json"]
+        with serving(command, "") as server:
+            idle = measure(server, arguments, lambda: idle_connections(server.address))
+            loading = measure(
+                server,
+                arguments,
+                lambda: large_model(server.address, models, arguments.large),
+            )
+    print(f"{arguments.concurrency} requests under way, ms")
+    print()
+    columns = ["disturbance", "p50 without", "with", "ratio", "p99 without", "with", "ratio"]
+    rows = [row(f"{CONNECTIONS} idle connections", idle)]
+    rows += [row(f"{arguments.large.parent.name} loads", loading)]
+    print(table([*columns, "errors"], rows))
+    others = {
+        name: [run["other_cores"] for runs in found.values() for run in runs]
+        for name, found in (("idle", idle), ("loading", loading))
+    }
+    print(json.dumps({"other_cores": others}))
+
+
+if __name__ == "__main__":
+    main()
