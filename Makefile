@@ -46,11 +46,41 @@ soak: .venv/.installed  ## minutes of load with cancels and swaps; memory must s
 compose-test: .venv/.installed  ## build and run the container stack; skips without a Docker engine
 	$(BIN)/pytest -m compose tests/deploy/test_compose.py
 
-bench: .venv/.installed  ## measure the server beside raw ONNX Runtime and a naive server
-	test -d build/bench/models || { \
-	  $(BIN)/convoy-train --data digits --model net_res_deep --epochs 1 --out build/bench/run && \
-	  $(BIN)/convoy-export build/bench/run/best.pt --repository build/bench/models --name small; }
-	$(BIN)/python -m benchmarks.server build/bench/models small
+BENCH := build/bench
+# Random weights do; a net is as fast with them. Each model has a repository of its own.
+define BENCH_MODELS
+import torch, torchvision
+torch.save(torchvision.models.resnet18(num_classes=10).state_dict(), "$(BENCH)/resnet18.pt")
+endef
+export BENCH_MODELS
+
+$(BENCH)/.models:
+	mkdir -p $(BENCH)
+	$(BIN)/convoy-train --data digits --model net_res_deep --epochs 1 --out $(BENCH)/run
+	$(BIN)/convoy-export $(BENCH)/run/best.pt --repository $(BENCH)/models --name small
+	$(BIN)/convoy-train --data digits --model net_res_deep --set 'model_arguments={n_chans1=128}' \
+	  --epochs 1 --out $(BENCH)/run-wide
+	$(BIN)/convoy-export $(BENCH)/run-wide/best.pt --repository $(BENCH)/wide --name wide
+	$(BIN)/python -c "$$BENCH_MODELS"
+	seq 0 9 > $(BENCH)/labels.txt
+	$(BIN)/convoy-export weights $(BENCH)/resnet18.pt --repository $(BENCH)/resnet18 \
+	  --name resnet18 --architecture resnet18 --labels $(BENCH)/labels.txt --data digits \
+	  --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25 --format onnx
+	touch $@
+
+bench: .venv/.installed $(BENCH)/.models  ## measure the server beside raw ONNX Runtime and a naive server
+	$(BIN)/python -m benchmarks.server $(BENCH)/models small
+	$(BIN)/python -m benchmarks.server $(BENCH)/models small --images 8 --concurrency 8 \
+	  --load "" --only-convoy --out $(BENCH)/images-8
+	$(BIN)/python -m benchmarks.server $(BENCH)/models small --images 32 --concurrency 8 \
+	  --load "" --only-convoy --out $(BENCH)/images-32
+	$(BIN)/python -m benchmarks.server $(BENCH)/wide wide --concurrency 16 --only-convoy \
+	  --out $(BENCH)/overload
+	$(BIN)/python -m benchmarks.server $(BENCH)/resnet18 resnet18 --concurrency 4 --load "" \
+	  --only-convoy --out $(BENCH)/resnet18-224
+	$(BIN)/python -m benchmarks.disturbances $(BENCH)/models small \
+	  --large $(BENCH)/resnet18/resnet18/1
+	$(BIN)/python -m benchmarks.repository_polling
 
 lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync
 	$(BIN)/ruff format --check .

@@ -5,7 +5,6 @@ The one module that knows all others.
 
 import asyncio
 import contextlib
-import math
 import signal
 from dataclasses import replace
 from types import TracebackType
@@ -16,14 +15,12 @@ from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2
 from server.access import Access
-from server.assembly import access_files, call_boundary, image_decoder, open_tracing, slo_s
+from server.assembly import access_files, call_boundary, image_decoder, open_tracing
 from server.backends.devices import Device, choose_device, usable_cpus
-from server.batcher import BatchingLimits
-from server.canary import CanaryLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.device_metrics import watch_devices
-from server.errors import ManifestError, StartupError
+from server.errors import StartupError
 from server.frontends.fleet import FrontEnds
 from server.frontends.metrics import MergedRegistry
 from server.grpc_face import GrpcFace
@@ -35,21 +32,25 @@ from server.http.rest import RestFace
 from server.images import refuse_decompression_bombs
 from server.lifecycle import stop_signal
 from server.listener import GrpcListener, Transport
-from server.loading import LoadOptions, ModelLoader
+from server.loading import ModelLoader
 from server.manager import ModelManager
-from server.manifest import ArtefactFormat, read_manifest
 from server.metrics import ServerMetrics
+from server.options import (
+    MESSAGE_OVERHEAD_BYTES,
+    canary_limits,
+    load_options,
+    max_message_bytes,
+)
 from server.policy import VersionPolicy
 from server.protocols.calls import CallBoundary
 from server.protocols.inference import Inference
 from server.protocols.oip_repository import RepositoryServicer
 from server.protocols.registration import handler_of
 from server.refusals import Refusals
-from server.repository import ModelFolder, ModelRepository
+from server.repository import ModelRepository
 from server.rollout import Rollout
 from server.served_model import LoadedModel
 from server.settings import ServerSettings
-from server.signing import read_public_key
 from server.warmup import settle_memory
 
 if TYPE_CHECKING:
@@ -58,11 +59,6 @@ if TYPE_CHECKING:
 logger = structlog.get_logger()
 
 _INFERENCE = inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
-_MIB = 1024 * 1024
-# What a request carries beside its pixels: names, shapes, parameters.
-_MESSAGE_OVERHEAD_BYTES = 64 * 1024
-# Larger batches bring no device a better pace that is worth their latency.
-_MAX_BATCH_SIZE = 256
 
 
 class App:
@@ -111,7 +107,7 @@ class App:
         manager = self._model_manager(repository, device)
         # First in, last out: accepted requests are answered before the instances end.
         self._cleanup.push_async_callback(manager.close)
-        await self._listen(_max_message_bytes(settings, repository.models()))
+        await self._listen(max_message_bytes(settings, repository.models()))
         await manager.start()
         settle_memory()
         await self._listen_for_admin(manager)
@@ -135,11 +131,11 @@ class App:
         return ModelManager(
             repository,
             VersionPolicy.parse(settings.version_policy),
-            ModelLoader(_load_options(settings, device), self._metrics),
+            ModelLoader(load_options(settings, device), self._metrics),
             catalogue=self._catalogue,
             rollout=Rollout(self._catalogue, self._metrics, self._model_changed),
             refusals=Refusals(self._metrics.models),
-            canary=_canary_limits(settings),
+            canary=canary_limits(settings),
         )
 
     async def _listen(self, max_message_bytes: int) -> None:
@@ -216,7 +212,7 @@ class App:
         listener = GrpcListener.open(
             settings.host,
             settings.admin_port,
-            _MESSAGE_OVERHEAD_BYTES,
+            MESSAGE_OVERHEAD_BYTES,
             access=Access(files),
             transport=Transport(settings.transport),
             flag="--admin-port",
@@ -268,60 +264,3 @@ async def _run(app: App, ready: asyncio.Event, stopped: asyncio.Task[signal.Sign
         logger.info("draining")
         await app.lame_duck()
     logger.info("stopped")
-
-
-def _canary_limits(settings: ServerSettings) -> CanaryLimits | None:
-    if not settings.canary_share:
-        return None
-    return CanaryLimits(
-        settings.canary_share,
-        settings.canary_requests,
-        settings.canary_timeout_s,
-        max_error_ratio=settings.canary_max_error_ratio,
-        max_slowdown=settings.canary_max_slowdown,
-        max_disagreement=settings.canary_max_disagreement,
-    )
-
-
-def _max_message_bytes(settings: ServerSettings, folders: list[ModelFolder]) -> int:
-    """The largest request for the largest images that lie there must fit into one message."""
-    largest = max(map(_largest_sample_bytes, folders))
-    largest_request = settings.max_request_images * largest + _MESSAGE_OVERHEAD_BYTES
-    return max(int(settings.max_message_mb * _MIB), largest_request)
-
-
-def _largest_sample_bytes(folder: ModelFolder) -> int:
-    largest = 0
-    for version in folder.versions:
-        # A manifest that cannot be read is reported where the version is loaded.
-        with contextlib.suppress(ManifestError):
-            shape = read_manifest(folder.version(version)).sample_shape
-            largest = max(largest, math.prod(shape))
-    return largest
-
-
-def _load_options(settings: ServerSettings, device: Device) -> LoadOptions:
-    cpus = usable_cpus()
-    automatic = 1 if device.kind == "cuda" else min(2, cpus)
-    instances = settings.instances or automatic
-    limits = BatchingLimits(
-        max_batch_size=settings.max_batch_size or _MAX_BATCH_SIZE,
-        max_queue_size=settings.max_queue_size,
-        max_queue_delay_s=settings.max_queue_delay_ms / 1000,
-        instances=instances,
-        max_queue_bytes=int(settings.max_queue_mb * _MIB),
-        max_request_images=settings.max_request_images,
-        max_client_share=settings.max_client_share,
-        hang_timeout_s=settings.hang_timeout_s,
-    )
-    required = settings.require_signature
-    return LoadOptions(
-        ArtefactFormat(settings.backend),
-        device,
-        threads=max(1, cpus // instances),
-        limits=limits,
-        slo_s=slo_s(settings),
-        public_key=read_public_key(required) if required else None,
-        precision=settings.precision,
-        cuda_graphs=settings.cuda_graphs,
-    )

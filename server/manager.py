@@ -8,8 +8,6 @@ refused, once, until its files change; the old one serves on.
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import structlog
@@ -29,31 +27,9 @@ from server.refusals import Refusal, Refusals
 from server.repository import ModelFolder, ModelRepository, fingerprint
 from server.rollout import Rollout
 from server.served_model import LoadedModel
+from server.version_state import VersionState, VersionStatus
 
 logger = structlog.get_logger()
-
-
-class VersionState(Enum):
-    """Where a version is in its life, in the words of the protocol's repository index."""
-
-    READY = "READY"
-    LOADING = "LOADING"
-    UNLOADING = "UNLOADING"
-    UNAVAILABLE = "UNAVAILABLE"
-
-
-@dataclass(frozen=True, slots=True)
-class VersionStatus:
-    """A version in the repository.
-
-    Attributes:
-        reason: Why it is not served, where that is known.
-    """
-
-    model: str
-    version: int
-    state: VersionState
-    reason: str = ""
 
 
 class ModelManager:

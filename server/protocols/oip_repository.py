@@ -7,8 +7,9 @@ import grpc
 
 from convoy.oip.v2 import inference_pb2 as pb
 from server.errors import InvalidRequestError, UnsupportedError
-from server.manager import ModelManager, VersionState
+from server.manager import ModelManager
 from server.protocols.calls import CallBoundary
+from server.version_state import VersionState
 
 _UNLOAD_PARAMETERS = frozenset({"unload_dependents"})
 

@@ -10,8 +10,8 @@ from onnx import numpy_helper
 
 from server.canary import CanaryLimits, CanaryTrial, Verdict
 from server.errors import InferenceError, OverloadedError
-from server.manager import VersionState
 from server.requests import Outputs, Prediction
+from server.version_state import VersionState
 from tests.server.conftest import change_samples, mean_colour_logits, seal
 from tests.server.test_manager import Live, ended, promote, state
 

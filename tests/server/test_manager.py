@@ -16,13 +16,14 @@ from server.canary import CanaryLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.errors import ModelNotFoundError, RepositoryError, UnavailableError
 from server.loading import LoadOptions, ModelLoader
-from server.manager import ModelManager, VersionState
+from server.manager import ModelManager
 from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.policy import VersionPolicy
 from server.refusals import Refusals
 from server.repository import ModelRepository
 from server.rollout import Rollout
+from server.version_state import VersionState
 from tests.server.conftest import change_samples, mean_colour_logits, seal
 
 IMAGE = np.full((1, 4, 6, 3), 51, np.uint8)
