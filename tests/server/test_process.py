@@ -175,7 +175,7 @@ def test_start_up_mistakes_are_one_line_and_exit_2(models, tmp_path):
     assert_one_line(run_module("server", "--repository", empty, *quick), "holds no model")
     assert_one_line(
         run_module("server", "--repository", models, *quick, "--backend", "torchscript"),
-        "'torchscript', found onnx",
+        "'torchscript' in fp32, found onnx",
     )
     (models / "colours" / "1" / "manifest.json").write_text("{")
     assert_one_line(run_module("server", "--repository", models, *quick), "'colours' version 1")
