@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import structlog
+from grpc_channelz.v1 import channelz
 from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2
@@ -200,6 +201,7 @@ class App:
 
     async def _listen_for_admin(self, manager: ModelManager) -> None:
         settings = self._settings
+        _check_channelz(settings)
         if settings.admin_port is None:
             return
         if settings.admin_token_file is None:
@@ -220,6 +222,8 @@ class App:
         self.admin_port = listener.port
         servicer = RepositoryServicer(manager, CallBoundary(self._metrics))
         listener.server.add_generic_rpc_handlers((handler_of(_INFERENCE, servicer),))
+        if settings.channelz:
+            channelz.add_channelz_servicer(listener.server)
         await listener.start((_INFERENCE.full_name,))
         self._cleanup.push_async_callback(listener.drain, 0)
 
@@ -264,3 +268,10 @@ async def _run(app: App, ready: asyncio.Event, stopped: asyncio.Task[signal.Sign
         logger.info("draining")
         await app.lame_duck()
     logger.info("stopped")
+
+
+def _check_channelz(settings: ServerSettings) -> None:
+    if settings.channelz and settings.admin_port is None:
+        raise StartupError("--channelz: expected --admin-port beside it")
+    if settings.channelz and Transport(settings.transport) is not Transport.GRPCIO:
+        raise StartupError("--channelz: expected --transport grpcio beside it")

@@ -110,6 +110,11 @@ class ServerSettings(BaseSettings):
     admin_token_file: Path | None = Field(
         None, description="File with bearer tokens for the admin port, which demands one."
     )
+    channelz: bool = Field(
+        False,
+        description="Whether the admin port also tells of every connection and call (channelz); "
+        "needs --transport grpcio, whose C core does the counting.",
+    )
     http_port: Port = Field(
         8002,
         description="TCP port for the page, the REST face, /metrics, /healthz and /readyz; 0 picks "

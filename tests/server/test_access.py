@@ -9,6 +9,7 @@ import urllib.request
 
 import grpc
 import pytest
+from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
@@ -166,6 +167,8 @@ def test_mutual_tls_wants_a_certificate_of_its_authority(publish, tmp_path, tran
         (["--token-file", "{none}"], "--token-file: .*No such file"),
         (["--token-file", "{empty}"], "--token-file: expected a token, found none"),
         (["--admin-port", "0"], "--admin-port: expected --admin-token-file"),
+        (["--channelz", "--transport", "grpcio"], "--channelz: expected --admin-port"),
+        (["--channelz", "--admin-port", "0"], "--channelz: expected --transport grpcio"),
     ],
 )
 def test_credentials_that_cannot_be_used_end_the_start(publish, tmp_path, flags, message):
@@ -266,3 +269,26 @@ def test_the_admin_port_indexes_loads_and_unloads_with_its_own_token(publish, tm
         load.model_name = "colours"
         admin.RepositoryModelLoad(load, metadata=ADMIN_TOKEN)
         assert stub.ModelReady(ready, metadata=everyone).ready
+
+
+def test_channelz_tells_of_calls_on_the_admin_port(publish, tmp_path):
+    models = publish().parent.parent
+    (tmp_path / "admin").write_text("admin")
+    flags = ["--device", "cpu", "--transport", "grpcio", "--channelz"]
+    flags += ["--admin-port", "0", "--admin-token-file", tmp_path / "admin"]
+    with (
+        running_server(models, *flags) as server,
+        grpc.insecure_channel(str(server.wait_for("serving")["admin"])) as admin_channel,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for _ in range(3):
+            stub.ServerLive(pb.ServerLiveRequest(), timeout=20)
+        with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
+            channelz_pb2_grpc.ChannelzStub(admin_channel).GetServers(
+                channelz_pb2.GetServersRequest(), timeout=20
+            )
+        reply = channelz_pb2_grpc.ChannelzStub(admin_channel).GetServers(
+            channelz_pb2.GetServersRequest(), metadata=ADMIN_TOKEN, timeout=20
+        )
+        assert sorted(each.data.calls_started for each in reply.server)[-1] == 3
