@@ -10,7 +10,6 @@ client is its own figure; its rate is also bounded by what the echo takes.
 import argparse
 import asyncio
 import json
-import statistics
 import subprocess
 import sys
 
@@ -18,7 +17,7 @@ import grpc
 import uvloop
 
 from benchmarks.processes import cpu_seconds, serving
-from benchmarks.tables import table
+from benchmarks.tables import spread, table
 from server.transport import GrpcServer, TransportLimits
 
 ECHO = ("benchmarks.load_generator", "--echo")
@@ -67,12 +66,6 @@ def measure(processes: int, concurrency: int, seconds: float) -> dict[str, float
     }
 
 
-def spread(runs: list[dict[str, float]], key: str, digits: int) -> str:
-    values = [run[key] for run in runs]
-    least, median, most = min(values), statistics.median(values), max(values)
-    return f"{median:.{digits}f} [{least:.{digits}f}-{most:.{digits}f}]"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
@@ -98,7 +91,10 @@ def main() -> None:
         "echo ms/request",
     ]
     keys = (("rate", 0), ("cores", 2), ("client_ms", 3), ("echo_ms", 3))
-    rows = [[str(n), *(spread(runs, *key) for key in keys)] for n, runs in found.items()]
+    rows = [
+        [str(n), *(spread((run[key] for run in runs), digits) for key, digits in keys)]
+        for n, runs in found.items()
+    ]
     print(table(head, rows))
 
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from benchmarks.processes import Server, cpu_seconds, serving
-from benchmarks.tables import table
+from benchmarks.tables import spread, table
 
 REST = "convoy, binary REST"
 Run = dict[str, float]
@@ -107,11 +107,6 @@ def measure(arguments: argparse.Namespace) -> Rounds:
                     found[candidate.name][concurrency].append(run)
             print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
     return found
-
-
-def spread(values: list[float], digits: int) -> str:
-    least, median, most = min(values), statistics.median(values), max(values)
-    return f"{median:.{digits}f} [{least:.{digits}f}-{most:.{digits}f}]"
 
 
 def row(name: str, found: Rounds) -> list[str]:

@@ -80,14 +80,14 @@ def plot_goodput(found: Rounds, path: Path) -> None:
 
 def _closed(runs: list[dict[str, Any]]) -> str:
     p50, p99 = (1000 * _median(run["latency_s"][key] for run in runs) for key in ("p50", "p99"))
-    return f"{_spread(run['throughput_per_s'] for run in runs)} ({p50:.1f} / {p99:.1f})"
+    return f"{spread(run['throughput_per_s'] for run in runs)} ({p50:.1f} / {p99:.1f})"
 
 
 def _open(runs: list[dict[str, Any]]) -> str:
     answered = [run["latency_s"]["p99"] for run in runs if run["completed"]]
     p99 = f"{1000 * _median(answered):.0f}" if answered else "-"
     late = 1000 * _median(run["client"]["lag_p99_s"] for run in runs)
-    return f"{_spread(run['goodput_per_s'] for run in runs)} ({p99} / {late:.0f})"
+    return f"{spread(run['goodput_per_s'] for run in runs)} ({p99} / {late:.0f})"
 
 
 def _length_s(run: dict[str, Any]) -> float:
@@ -95,9 +95,12 @@ def _length_s(run: dict[str, Any]) -> float:
     return float(run["warmup_s"]) + float(run["duration_s"])
 
 
-def _spread(values: Any) -> str:
+def spread(values: Any, digits: int = 0) -> str:
     found = sorted(values)
-    return f"{statistics.median(found):.0f} [{found[0]:.0f}-{found[-1]:.0f}]"
+    least, median, most = (
+        f"{value:.{digits}f}" for value in (found[0], statistics.median(found), found[-1])
+    )
+    return f"{median} [{least}-{most}]"
 
 
 def _median(values: Any) -> float:

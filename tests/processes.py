@@ -5,10 +5,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT_S = 60
 LOG_TIMEOUT_S = 60
@@ -55,6 +58,17 @@ class ServerProcess:
                     return line
             time.sleep(0.01)
         raise TimeoutError(f"no log line {event!r} with {fields}, but: {self.events}")
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Returns the sum of a metric's samples that have these labels."""
+        with urllib.request.urlopen(f"{self.http}/metrics", timeout=60) as reply:
+            families = text_string_to_metric_families(reply.read().decode())
+        return sum(
+            sample.value
+            for family in families
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
     def stop(self) -> int:
         """Sends SIGTERM and returns the exit code."""

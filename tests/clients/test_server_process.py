@@ -2,14 +2,12 @@
 
 import asyncio
 import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
 import grpc
 import numpy as np
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from clients import (
     AccessError,
@@ -107,17 +105,6 @@ def test_mutual_tls(mutual_tls_server, certificates, classify):
             classify(mutual_tls_server.address, PIXELS, options=ConnectionOptions(tls=tls))
 
 
-def metric(server: ServerProcess, name: str, **labels: str) -> float:
-    with urllib.request.urlopen(f"{server.http}/metrics") as reply:
-        families = text_string_to_metric_families(reply.read().decode())
-        return sum(
-            sample.value
-            for family in families
-            for sample in family.samples
-            if sample.name == name and labels.items() <= sample.labels.items()
-        )
-
-
 @pytest.fixture(scope="module")
 def full_server(repository) -> Iterator[ServerProcess]:
     """A server whose queue has room for one image, which waits there for an hour."""
@@ -129,7 +116,7 @@ def full_server(repository) -> Iterator[ServerProcess]:
         image = pb.RawImage(height=32, width=32, pixels=PIXELS.tobytes())
         stub = classifier_pb2_grpc.ClassifierServiceStub(channel)
         waiting = stub.Classify.future(pb.ClassifyRequest(raw=image))
-        while not metric(server, "convoy_queued_images"):
+        while not server.metric("convoy_queued_images"):
             assert not waiting.done()
         yield server
         waiting.cancel()
@@ -137,11 +124,11 @@ def full_server(repository) -> Iterator[ServerProcess]:
 
 def test_the_servers_pushback_is_waited_for_and_not_ones_own_backoff(full_server, classify):
     """It names milliseconds, the policy an hour: only the former fits into the deadline."""
-    before = metric(full_server, "convoy_outcomes_total", reason="full")
+    before = full_server.metric("convoy_outcomes_total", reason="full")
     patient = RetryPolicy(attempts=3, initial_backoff_s=3600, max_backoff_s=3600)
     with pytest.raises(OverloadedError):
         classify(full_server.address, PIXELS, options=ConnectionOptions(patient), timeout_s=60)
-    assert metric(full_server, "convoy_outcomes_total", reason="full") == before + 3
+    assert full_server.metric("convoy_outcomes_total", reason="full") == before + 3
 
 
 def test_without_a_retry_a_full_queue_is_overload_at_once(full_server, classify):

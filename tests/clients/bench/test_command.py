@@ -2,12 +2,10 @@
 
 import json
 import re
-import urllib.request
 
 import numpy as np
 import pytest
 from PIL import Image
-from prometheus_client.parser import text_string_to_metric_families
 
 from clients import ClientError
 from clients.bench.latencies import Latencies
@@ -77,28 +75,18 @@ def test_image_files_by_the_open_inference_protocol(server, image):
     """The server tells of its pixels only; that they may come as files is for the caller to say."""
     flags = ("--protocol", "oip", "--model", "digits", "--concurrency", "2")
     files = ("--input", "image:BYTES:-1", "--images", "3")
-    before = outcomes(server)
+    before = server.metric("convoy_outcomes_total", reason="ok")
     report = measured(server, image, *flags, *files)
     assert report["method"] == "/inference.GRPCInferenceService/ModelInfer"
     assert report["images_per_request"] == 3
     assert report["request_bytes"] > 3 * image.stat().st_size
     (run,) = report["runs"]
     assert run["errors"] == {}
-    assert outcomes(server)["ok"] - before.get("ok", 0) >= run["completed"] > 0
+    answered = server.metric("convoy_outcomes_total", reason="ok") - before
+    assert answered >= run["completed"] > 0
     refused = bench(server, image, *flags)
     assert refused.returncode == 1
     assert "one BYTES input for encoded images, got image UINT8; say --input" in refused.stderr
-
-
-def outcomes(server):
-    with urllib.request.urlopen(f"{server.http}/metrics") as reply:
-        families = text_string_to_metric_families(reply.read().decode())
-    return {
-        sample.labels["reason"]: sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == "convoy_outcomes_total" and sample.labels["model"] == "digits"
-    }
 
 
 def test_a_sweep_a_trace_a_table_and_a_picture(server, image, tmp_path):
