@@ -1,9 +1,10 @@
 """Dynamic batching, deadline by deadline: from requests to batches to answers.
 
-`DynamicBatcher` (batcher.py) is the whole interface. Inside, a request stands in the queue
-(queue.py) until a free instance (instance.py) takes a batch that scheduling.py chose by the run
-times that latency.py predicts; answers.py gives the rows back, and observer.py is what the rest of
-the server gets to know of it.
+`DynamicBatcher` (batcher.py) is the whole interface. Inside, a request that was admitted
+(admission.py) stands in the queue (queue.py) until a free instance (instance.py) is given a batch
+(dispatcher.py), chosen (scheduling.py) by what is predicted (forecast.py) from measured run times
+(latency.py). Then it gets its rows (delivery.py, answers.py). watchdog.py notices a run that hangs,
+and observer.py is what the rest of the server gets to know of it.
 """
 
 from server.batcher.batcher import Clock, DynamicBatcher

@@ -10,11 +10,11 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 import numpy as np
 import structlog
 
+from server.batcher.admission import Admission, Refusal
 from server.batcher.delivery import Delivery
 from server.batcher.dispatcher import Dispatcher
 from server.batcher.forecast import Forecast
@@ -24,13 +24,7 @@ from server.batcher.limits import BatcherSnapshot, BatchingLimits
 from server.batcher.observer import BatchObserver
 from server.batcher.queue import RequestQueue
 from server.batcher.watchdog import Watchdog
-from server.errors import (
-    DeadlineExceededError,
-    InvalidRequestError,
-    OverloadedError,
-    RequestError,
-    UnavailableError,
-)
+from server.errors import DeadlineExceededError, UnavailableError
 from server.requests import Batch, Images, InferenceRequest, Outcome, Outputs, Prediction
 
 logger = structlog.get_logger()
@@ -98,6 +92,7 @@ class DynamicBatcher:
         self._accepting = False
         self._queue = RequestQueue(limits)
         self._dispatcher = Dispatcher(self._queue, self._instances, self._forecast, limits)
+        self._admission = Admission(self._queue, self._dispatcher, limits)
         # Guards all of the above that instances use too; waited on by free instances.
         self._changed = threading.Condition()
         self._delivery = Delivery(observer, self._withdraw)
@@ -201,27 +196,22 @@ class DynamicBatcher:
         return prediction
 
     def _enqueue(self, request: InferenceRequest) -> None:
-        limits = self._limits
-        if not 0 < request.size <= limits.max_request_images:
-            message = f"batch: expected 1 to {limits.max_request_images} images, got {request.size}"
-            self._refuse(Outcome.INVALID, InvalidRequestError(message))
         with self._changed:
-            if not self._accepting:
-                self._refuse(Outcome.UNAVAILABLE, UnavailableError("the model is being shut down"))
-            if not self._watchdog.healthy:
-                self._refuse(Outcome.UNAVAILABLE, _hang_error())
-            if full := self._queue.refusal(request):
-                retry_after_s = self._dispatcher.retry_after_s(request)
-                self._refuse(Outcome.FULL, OverloadedError(full, retry_after_s))
-            if not self._dispatcher.can_make_it(request):
-                message = "the deadline is before the answer could be there"
-                self._refuse(Outcome.DEADLINE, DeadlineExceededError(message))
-            self._queue.add(request)
-            self._changed.notify()
-
-    def _refuse(self, outcome: Outcome, error: RequestError) -> NoReturn:
+            refusal = self._not_serving() or self._admission.refusal(request)
+            if refusal is None:
+                self._queue.add(request)
+                self._changed.notify()
+                return
+        outcome, error = refusal
         self._observer.request_refused(outcome)
         raise error
+
+    def _not_serving(self) -> Refusal | None:
+        if not self._accepting:
+            return Outcome.UNAVAILABLE, UnavailableError("the model is being shut down")
+        if not self._watchdog.healthy:
+            return Outcome.UNAVAILABLE, _hang_error()
+        return None
 
     def _withdraw(self, request: InferenceRequest) -> None:
         with self._changed:
