@@ -77,12 +77,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     sets = [
         Pictures(folder.decode(folder.list_images(options.data / part), Preprocessing(), None))
         for part in ("train", "test")
     ]
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     train_loader = DataLoader(sets[0], batch_size=64, shuffle=True, num_workers=2)
     valid_loader = DataLoader(sets[1], batch_size=64, shuffle=False, num_workers=2)
     net = nets.create("net")

@@ -1,7 +1,7 @@
 """Speed of training: an epoch, the input pipeline, decoding. For a machine that is otherwise idle.
 
     python benchmarks/training_speed.py epoch DATA --recipe fast --epochs 3
-    python benchmarks/training_speed.py pipeline DATA --recipe fast --rounds 5
+    python benchmarks/training_speed.py pipeline DATA --recipe fast --rounds 5 [--px 16]
     python benchmarks/training_speed.py decode DATA --rounds 3
 
 DATA is what `convoy-train --data` takes.
@@ -30,24 +30,24 @@ from training.readers import make_reader
 CPU = torch.device("cpu")
 
 
-def time_epochs(data: str, recipe: str, epochs: int) -> None:
-    """Notes when `convoy-train` ends each epoch: what an epoch takes, and all the rest."""
+def time_epochs(data: str, recipe: str, settings: list[str], epochs: int) -> None:
+    """Notes when `convoy-train` begins and ends each epoch: what they take, and all the rest."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "training", "--data", data, "--recipe", recipe]
         command += ["--epochs", str(epochs), "--out", folder]
+        command += [part for setting in settings for part in ("--set", setting)]
         began = time.perf_counter()
-        ends = []
+        marks = []
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                if line.startswith("epoch "):
-                    ends.append(time.perf_counter() - began)
+                if line.startswith((f"{data}:", "epoch ")):
+                    marks.append(time.perf_counter())
                 print(line, end="", flush=True)
         whole_s = time.perf_counter() - began
-    epoch_s = [later - earlier for earlier, later in itertools.pairwise(ends)]
-    median_s = statistics.median(epoch_s)
-    print(f"epoch: median {median_s:.2f} s, {min(epoch_s):.2f} to {max(epoch_s):.2f}")
-    print(f"all the rest: {whole_s - epochs * median_s:.1f} s; whole command: {whole_s:.1f} s")
+    epoch_s = [later - earlier for earlier, later in itertools.pairwise(marks)]
+    print(f"epochs: {', '.join(f'{took_s:.1f}' for took_s in epoch_s)} s")
+    print(f"all the rest: {whole_s - sum(epoch_s):.1f} s; whole command: {whole_s:.1f} s")
 
 
 class OneBatch(Trainer):
@@ -64,6 +64,11 @@ class OneBatch(Trainer):
 def compare_pipeline(options: argparse.Namespace) -> None:
     """Images per second of whole epochs against those on one fixed batch, in turns."""
     overrides = {"batch_size": options.batch_size} if options.batch_size else {}
+    if options.px:
+        # So many epochs that the images do not begin to grow.
+        overrides |= {"start_px": options.px, "growth_share": 0.99, "epochs": 10**6}
+    else:
+        overrides |= {"growth_share": 0}
     recipe = recipes.load_recipe(options.recipe, overrides)
     data = open_data(options.data, start.preprocessing(recipe), stream=options.stream)
     normalization = measure(data.train)
@@ -101,16 +106,18 @@ def main() -> None:
     parser.add_argument("what", choices=("epoch", "pipeline", "decode"))
     parser.add_argument("data")
     parser.add_argument("--recipe", default="fast")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="of a round")
     parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--px", type=int, help="size of growing images; else that of the recipe")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     match options.what:
         case "epoch":
-            time_epochs(options.data, options.recipe, options.epochs)
+            time_epochs(options.data, options.recipe, options.set, options.epochs)
         case "pipeline":
             compare_pipeline(options)
         case "decode":

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from training.recipe import Recipe
 
@@ -76,13 +77,26 @@ def move(images: Tensor, draws: Draws) -> Tensor:
         columns = torch.where(mirrored, width - 1 - columns, columns)
     first = torch.arange(count, device=device)[:, None] * height
     source = (first + rows)[:, :, None] * width + columns[:, None, :]
-    return images.reshape(-1, channels)[source]  # [N, H, W, C]
+    # index_select copies whole pixels, in less than half the time that indexing takes.
+    return images.reshape(-1, channels).index_select(0, source.view(-1)).view(images.shape)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
     """Indices beyond 0..size-1 turned back at the edge pixel, which is not repeated."""
     last = size - 1
     return last - (last - index.abs()).abs()
+
+
+def scale(images: Tensor, size_px: int) -> Tensor:
+    """Resizes pixels `[N, H, W, C]` to `[N, size_px, size_px, C]`, averaging what it shrinks."""
+    if images.shape[1:3] == (size_px, size_px):
+        return images
+    planes = images.permute(0, 3, 1, 2)
+    # On CUDA torch resizes floats only.
+    planes = planes if images.device.type == "cpu" else planes.float()
+    sized = functional.interpolate(planes, (size_px, size_px), mode="bilinear", antialias=True)
+    sized = sized.round().to(torch.uint8) if sized.is_floating_point() else sized
+    return sized.permute(0, 2, 3, 1)
 
 
 def cutout(images: Tensor, centres: Tensor, side_px: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from training.augment import cutout, draw, move
+from training.augment import cutout, draw, move, scale
 from training.distributed import Group
 from training.errors import DivergedError, RecipeError
 from training.evaluate import Evaluation, predict
@@ -23,7 +23,7 @@ from training.inputs import Normalization
 from training.optim import make_average, make_optimizer, penalty
 from training.readers import Reader
 from training.recipe import Recipe
-from training.schedules import rate_factor
+from training.schedules import rate_factor, size_px
 
 _EVALUATED_AT_ONCE = 500
 
@@ -187,9 +187,12 @@ class Trainer:
         for batch, indices, pixels in zip(batches, mine, self._train.read(mine), strict=True):
             draws = draw(recipe, self._coins[batch], self.epoch, random)
             draws = draws[group.rank :: group.size]
-            images = self._normalization.apply(move(pixels, draws))
+            size = size_px(recipe, self._done)
+            images = self._normalization.apply(scale(move(pixels, draws), size))
             if draws.centres is not None:
-                images = cutout(images, draws.centres, recipe.cutout_px)
+                shrunk = size / recipe.image_size
+                centres = (draws.centres * shrunk).long()
+                images = cutout(images, centres, round(recipe.cutout_px * shrunk))
             labels = self._train.labels[indices.to(images.device)]
             weight = len(indices) * group.size / len(batch)
             yield images.contiguous(memory_format=torch.channels_last), labels, weight
@@ -220,10 +223,14 @@ class Trainer:
             count = torch.ones_like(data_loss) * len(labels)
             return torch.stack((data_loss, correct, extra * len(labels), count))
 
+    @property
+    def _done(self) -> float:
+        """Share of all steps, 0 to 1."""
+        return self._step / (self._recipe.epochs * self.steps_per_epoch)
+
     def _set_rate(self) -> None:
-        recipe = self._recipe
+        recipe, done = self._recipe, self._done
         # Past the warm-up a plateau's rate belongs to the validation loss.
-        done = self._step / (recipe.epochs * self.steps_per_epoch)
         if recipe.schedule == "plateau" and done >= recipe.warmup_share:
             return
         factor = rate_factor(recipe, done)

@@ -39,6 +39,8 @@ class Recipe:
             loss.
         warmup_share: Share of all steps in which the rate climbs to lr.
         label_smoothing: Share of the target given to all classes alike.
+        growth_share: Share of all steps in which the training images grow to image_size.
+        start_px: Their height and width at first.
         flip: Mirror each image at random, or `alternating` from epoch to epoch.
         shift_px: Largest shift of an image, in pixels, with reflected borders.
         cutout_px: Side of a square of mean colour put over each image; 0 for none.
@@ -75,6 +77,8 @@ class Recipe:
     schedule: Literal["constant", "plateau", "cosine", "triangular", "one_cycle"] = "constant"
     warmup_share: float = 0.0
     label_smoothing: float = 0.0
+    growth_share: float = 0.0
+    start_px: int = 16
     flip: Literal["none", "random", "alternating"] = "none"
     shift_px: int = 0
     cutout_px: int = 0
@@ -88,10 +92,17 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "epochs", "batch_size", "lr", "muon_lr"):
+        for name in ("image_size", "start_px", "epochs", "batch_size", "lr", "muon_lr"):
             if getattr(self, name) <= 0:
                 raise RecipeError(f"{name}: expected more than 0, got {getattr(self, name)}")
-        for name in ("warmup_share", "label_smoothing", "momentum", "muon_momentum", "ema_decay"):
+        for name in (
+            "warmup_share",
+            "growth_share",
+            "label_smoothing",
+            "momentum",
+            "muon_momentum",
+            "ema_decay",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise RecipeError(f"{name}: expected 0 <= x < 1, got {getattr(self, name)}")
         for name in ("weight_decay", "l1", "l2", "shift_px", "cutout_px", "clip_norm", "patience"):
@@ -99,6 +110,8 @@ class Recipe:
                 raise RecipeError(f"{name}: expected 0 or more, got {getattr(self, name)}")
         if self.shift_px >= self.image_size:
             raise RecipeError(f"shift_px: expected less than image_size, got {self.shift_px}")
+        if self.growth_share and self.start_px > self.image_size:
+            raise RecipeError(f"start_px: expected at most image_size, got {self.start_px}")
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (0, 3):
                 raise RecipeError(f"{name}: expected 3 numbers or none, got {getattr(self, name)}")

@@ -14,6 +14,7 @@ from training.checkpoints import Architecture, Checkpoint, DataDescription
 from training.data import Dataset, ImageFiles, ImageSet, Preprocessing
 from training.distributed import Group
 from training.errors import CheckpointError, RecipeError
+from training.evaluate import predict
 from training.inputs import Normalization
 from training.loop import Trainer
 from training.nets.airbench import AirbenchNet
@@ -37,7 +38,8 @@ def make_net(
 
     Raises:
         CheckpointError: The weights cannot be read or do not fit.
-        RecipeError: The backbone is to be frozen and there are no weights for it.
+        RecipeError: The backbone is to be frozen and there are no weights for it, or the images are
+            to grow and the net takes one size only.
     """
     arguments = {
         **recipe.model_arguments,
@@ -45,6 +47,8 @@ def make_net(
         "image_size": recipe.image_size,
     }
     net = nets.create(recipe.model, **arguments)
+    if recipe.growth_share:
+        _check_takes(net, recipe)
     if isinstance(net, AirbenchNet):
         count = min(len(data.train), _WHITENING_SAMPLES)
         net.whiten(normalization.apply(torch.from_numpy(data.train.read(range(count)))))
@@ -59,6 +63,17 @@ def make_net(
     )
     architecture = Architecture(recipe.model, arguments)
     return Checkpoint(net.state_dict(), architecture, description, recipe=recipe.as_dict()), net
+
+
+def _check_takes(net: nn.Module, recipe: Recipe) -> None:
+    images = torch.zeros(1, 3, recipe.start_px, recipe.start_px)
+    try:
+        predict(net, [images])
+    except RuntimeError as error:
+        raise RecipeError(
+            f"start_px: {recipe.model} takes no images of {recipe.start_px} px; "
+            f"growth_share=0 trains at {recipe.image_size} px throughout"
+        ) from error
 
 
 def _start_from(net: nn.Module, path: Path) -> None:

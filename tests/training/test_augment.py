@@ -1,7 +1,8 @@
 import numpy as np
 import torch
+from PIL import Image
 
-from training.augment import Draws, alternating, cutout, draw, move
+from training.augment import Draws, alternating, cutout, draw, move, scale
 from training.recipe import Recipe
 
 PIXELS = torch.randint(256, (6, 8, 9, 3), generator=torch.Generator().manual_seed(0)).to(
@@ -46,6 +47,18 @@ def test_the_alternating_flip_shows_both_ways_in_any_two_epochs() -> None:
     draws = draw(Recipe(flip="alternating"), coins, 1, torch.Generator().manual_seed(0))
     assert draws.mirrored is not None
     assert torch.equal(draws.mirrored, second)
+
+
+def test_scaling_is_pillows_to_the_next_level() -> None:
+    for size_px in (4, 6, 12):
+        scaled = scale(PIXELS, size_px)
+        assert (scaled.shape, scaled.dtype) == ((6, size_px, size_px, 3), torch.uint8)
+        for image, answer in zip(PIXELS, scaled, strict=True):
+            size = (size_px, size_px)
+            expected = Image.fromarray(image.numpy()).resize(size, Image.Resampling.BILINEAR)
+            assert np.abs(np.asarray(expected, int) - answer.numpy()).max() <= 1
+    square = PIXELS[:, :, :8]
+    assert scale(square, 8) is square
 
 
 def test_cutout_covers_one_square_per_image() -> None:

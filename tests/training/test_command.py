@@ -242,6 +242,7 @@ def test_weights_start_a_run_with_other_classes(
         (["--epochs", "many"], "integer"),
         (["--epochs", "0"], "epochs: expected more than 0"),
         (["--bogus"], "--bogus"),
+        (["--set", "growth_share=0.5", "--set", "start_px=4"], "net takes no images of 4 px"),
         (["--batch-size", "5000"], "at most the 1249 training images"),
         (["--device", "cuda:99"], "device: expected"),
         (["--weights", "absent.pt"], "No such file"),

@@ -43,7 +43,8 @@ def make_images(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def make_trainer(valid: tuple[Tensor, Tensor] | None = None, **settings: object) -> Trainer:
     recipe = Recipe(**{"model": "net", "batch_size": 16, "image_size": 8, "lr": 0.1, **settings})  # type: ignore[arg-type]
     torch.manual_seed(recipe.seed)
-    net = nets.create("net", n_classes=4, image_size=8, dropout=0.2)
+    own = {"dropout": 0.2} if recipe.model == "net" else {}
+    net = nets.create(recipe.model, n_classes=4, image_size=8, **own)
     readers = (make_reader(*images) for images in (make_images(70), valid or make_images(30, 1)))
     return Trainer(net, recipe, NORMALIZATION, *readers)
 
@@ -118,6 +119,7 @@ def test_it_learns() -> None:
         {"optimizer": "muon", "momentum": 0.85, "schedule": "one_cycle", "warmup_share": 0.3},
         {"average": "lookahead", "flip": "alternating", "shift_px": 1, "cutout_px": 3},
         {"schedule": "plateau", "lr": 2.0, "clip_norm": 0.5, "flip": "random"},
+        {"model": "resnet18", "start_px": 4, "growth_share": 0.8, "cutout_px": 3},
     ],
 )
 def test_a_resumed_run_ends_with_the_same_weights(
@@ -246,6 +248,18 @@ def test_a_compiled_step_is_the_eager_step(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(weights(compiled), weights(eager), atol=1e-5, rtol=1e-4)
     compiler.assert_called_once_with(compiled.net)
     assert set(compiled.state_dict()["net"]) == set(eager.state_dict()["net"])
+
+
+def test_training_images_grow_and_validation_images_are_whole() -> None:
+    trainer = make_trainer(model="resnet18", epochs=2, start_px=4, growth_share=0.8)
+    seen: list[tuple[bool, int]] = []
+    trainer.net.register_forward_pre_hook(
+        lambda net, inputs: seen.append((net.training, inputs[0].shape[-1]))
+    )
+    run(trainer, 2)
+    assert trainer.steps_per_epoch == 5
+    assert [size_px for training, size_px in seen if training] == [4] * 8 + [8] * 2
+    assert {size_px for training, size_px in seen if not training} == {8}
 
 
 def test_images_are_evaluated_some_at_a_time() -> None:

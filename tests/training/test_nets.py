@@ -24,6 +24,9 @@ def parameters(net: nn.Module) -> int:
         ("net_res_deep", {"shared_blocks": True, "n_blocks": 3}, 76_074),
         ("airbench", {}, 295_096),
         ("airbench", {"widths": (16, 32, 64)}, 76_280),
+        # 8 filters of 12 weights, their biases and what the next kernels make of them.
+        ("airbench", {"whitening_filters": 16}, 295_096 - 8 * (12 + 1) - 32 * 8 * 9),
+        ("airbench", {"whitening_bias": False}, 295_096 - 24),
         ("resnet18", {"small_stem": True}, 11_173_962),
     ],
 )
@@ -93,6 +96,17 @@ def test_whitened_patches_are_uncorrelated() -> None:
     answers = net.whitening(smooth) - net.whitening.bias[:, None, None]
     rows = answers[:, :12].transpose(0, 1).flatten(1)
     torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(12), atol=1e-3, rtol=0)
+    fewer = nets.create("airbench", whitening_filters=16)
+    fewer.whiten(smooth, eps=0.0)
+    strongest = net.whitening.weight[:8]
+    assert torch.equal(fewer.whitening.weight, torch.cat((strongest, -strongest)))
+    patches = nn.functional.unfold(smooth, 2).transpose(1, 2).reshape(-1, 12)
+    # Whitening divides by the root of a direction's variance: the strongest have the least norm.
+    lengths = net.whitening.weight[:12].flatten(1).norm(dim=1)
+    assert torch.equal(lengths, lengths.sort().values)
+    assert lengths[0] ** -2 == pytest.approx(
+        torch.linalg.norm(patches, 2).item() ** 2 / len(patches), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,6 +115,7 @@ def test_whitened_patches_are_uncorrelated() -> None:
         ("resnet81", {}, "net_res_deep"),
         ("net", {"colour": 3}, "colour"),
         ("net", {"image_size": 30}, "multiple of 4"),
+        ("airbench", {"whitening_filters": 15}, "whitening_filters: expected an even number"),
         ("net", {"downsample": "mean"}, "downsample: expected one of"),
         ("mobilenet_v3_small", {"small_stem": True}, "expected a ResNet"),
     ],

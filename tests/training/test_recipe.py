@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from training import recipe as recipes
 from training.errors import RecipeError
 from training.recipe import Recipe
-from training.schedules import rate_factor
+from training.schedules import rate_factor, size_px
 
 
 def test_the_package_ships_the_recipes() -> None:
@@ -46,6 +46,9 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
         ({"mean": [0.5]}, "expected 3 numbers"),
         ({"momentum": 1.0}, "0 <= x < 1"),
         ({"shift_px": -1}, "0 or more"),
+        ({"start_px": 0}, "start_px: expected more than 0"),
+        ({"start_px": 33, "growth_share": 0.5}, "start_px: expected at most image_size, got 33"),
+        ({"growth_share": 1.0}, "0 <= x < 1"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
@@ -99,6 +102,14 @@ def test_schedules_climb_then_follow_their_curve(schedule: str, expected: list[f
     recipe = Recipe(schedule=schedule, warmup_share=0.2)  # type: ignore[arg-type]
     factors = [rate_factor(recipe, done) for done in (0, 0.1, 0.2, 0.6, 1)]
     assert factors == pytest.approx(expected)
+
+
+def test_images_grow_by_four_pixels_and_end_whole() -> None:
+    recipe = Recipe(start_px=16, image_size=30, growth_share=0.5)
+    sizes = [size_px(recipe, step / 32) for step in range(33)]
+    assert sizes == [16] * 4 + [20] * 4 + [24] * 4 + [28] * 4 + [30] * 17
+    assert size_px(Recipe(start_px=16), 0) == 32
+    assert size_px(Recipe(start_px=32, growth_share=0.5), 0) == 32
 
 
 def test_the_cosine_lies_over_the_line_first_and_under_it_later() -> None:
