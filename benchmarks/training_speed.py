@@ -1,7 +1,7 @@
 """Speed of training: an epoch, the input pipeline, decoding. For a machine that is otherwise idle.
 
     python benchmarks/training_speed.py epoch DATA --recipe fast --epochs 3
-    python benchmarks/training_speed.py pipeline DATA --recipe fast --rounds 5 [--px 16]
+    python benchmarks/training_speed.py pipeline DATA --recipe fast --rounds 5 [--px 32]
     python benchmarks/training_speed.py decode DATA --rounds 3
 
 DATA is what `convoy-train --data` takes.
@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from training.data import open_data
 from training.inputs import measure
 from training.loop import Trainer
 from training.readers import make_reader
+from training.schedules import size_px
 
 CPU = torch.device("cpu")
 
@@ -51,24 +53,26 @@ def time_epochs(data: str, recipe: str, settings: list[str], epochs: int) -> Non
 
 
 class OneBatch(Trainer):
-    """Makes every step on the first batch: what a step costs when input costs nothing."""
+    """Makes every step on the first batch of its size: what it costs when input costs nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._fixed: dict[int, tuple[Tensor, Tensor, float]] = {}
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, float]]:
         batches = super()._batches()
-        first = next(batches)
-        batches.close()  # type: ignore[attr-defined]
         for _ in range(self.steps_per_epoch):
-            yield first
+            size = size_px(self._recipe, self._done)
+            if size not in self._fixed:
+                self._fixed[size] = next(batches)
+            yield self._fixed[size]
 
 
 def compare_pipeline(options: argparse.Namespace) -> None:
     """Images per second of whole epochs against those on one fixed batch, in turns."""
     overrides = {"batch_size": options.batch_size} if options.batch_size else {}
-    if options.px:
-        # So many epochs that the images do not begin to grow.
-        overrides |= {"start_px": options.px, "growth_share": 0.99, "epochs": 10**6}
-    else:
-        overrides |= {"growth_share": 0}
+    # The images grow within a round or, in so many epochs, not at all.
+    overrides |= {"start_px": options.px, "epochs": 10**6} if options.px else {"epochs": 1}
     recipe = recipes.load_recipe(options.recipe, overrides)
     data = open_data(options.data, start.preprocessing(recipe), stream=options.stream)
     normalization = measure(data.train)
@@ -80,12 +84,17 @@ def compare_pipeline(options: argparse.Namespace) -> None:
         _, net = start.make_net(recipe, options.data, data, normalization, None)
         readers = (make_reader(part, CPU, options.workers) for part in (data.train.take(some), few))
         trainers.append(kind(net, recipe, normalization, *readers))
-        trainers[-1].run_epoch(lambda: None)
+        _images_per_s(trainers[-1])
     for _ in range(options.rounds):
-        whole, fixed = (trainer.run_epoch(lambda: None).images_per_s for trainer in trainers)
+        whole, fixed = map(_images_per_s, trainers)
         ratios.append(whole / fixed)
         print(f"{whole:.0f} of {fixed:.0f} images/s: {ratios[-1]:.3f}", flush=True)
     print(f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+def _images_per_s(trainer: Trainer) -> float:
+    trainer._step = 0  # with the images' first size
+    return trainer.run_epoch(lambda: None).images_per_s
 
 
 def time_decoding(data: str, rounds: int) -> None:
@@ -111,7 +120,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40, help="of a round")
     parser.add_argument("--batch-size", type=int)
-    parser.add_argument("--px", type=int, help="size of growing images; else that of the recipe")
+    parser.add_argument("--px", type=int, help="keep growing images at this size")
     parser.add_argument("--stream", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
