@@ -1,6 +1,7 @@
 """Speed and memory of `convoy-client batch` on a folder of small images.
 
     python -m benchmarks.batch speed FOLDER --repository MODELS [--images 8000] [--rounds 5]
+        [--device cuda]
     python -m benchmarks.batch memory FOLDER --repository MODELS [--rows 1000000]
 
 `speed` runs, in turns: decoding alone, in as many processes as there are processors; ONNX Runtime
@@ -72,13 +73,13 @@ def job_s(listing: Path, engine: Engine, suffix: str) -> float:
 
 def measure_speed(arguments: argparse.Namespace, listing: Path) -> None:
     list_images(arguments.folder, arguments.images, listing)
-    local = LocalModel(arguments.repository)
+    local = LocalModel(arguments.repository, device=arguments.device)
     predictor = Predictor(local, top_k=1)
     chunks = list(batched(listing.read_text().splitlines(), BATCH_SIZE))
     decoded = [decode_batch([Item(p, p) for p in chunk], predictor.steps) for chunk in chunks]
     spawn = multiprocessing.get_context("spawn")
     processes = len(os.sched_getaffinity(0))
-    flags = ("--device", "cpu", *arguments.server_flags.split())
+    flags = ("--device", arguments.device, *arguments.server_flags.split())
     with (
         ProcessPoolExecutor(processes, spawn) as pool,
         running_server(arguments.repository, *flags) as server,
@@ -108,6 +109,8 @@ def report(rounds: Sequence[dict[str, float]], images: int) -> None:
         show(name, [images / each[name] for each in rounds], "{:.0f} images/s")
     shares = [(each["decoding"] + each["ONNX Runtime"]) / each["local"] for each in rounds]
     show("local / (decoding + ONNX Runtime)", shares)
+    busy = [each["ONNX Runtime"] / each["local"] for each in rounds]
+    show("ONNX Runtime / local, the share of the time that the device is busy", busy)
     show("grpc / local", [each["local"] / each["grpc"] for each in rounds])
 
 
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--repository", type=Path, required=True)
     parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--server-flags", default="", help="more flags of convoy-server")
     arguments = parser.parse_args()

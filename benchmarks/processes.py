@@ -74,6 +74,22 @@ def children_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+class OtherWork:
+    """How much of the machine other processes took since this was made."""
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+        self._busy_s = _others_seconds()
+
+    def processors(self) -> float:
+        """Returns how many processors they kept busy, on average."""
+        return (_others_seconds() - self._busy_s) / (time.monotonic() - self._began_s)
+
+
+def _others_seconds() -> float:
+    return busy_seconds() - cpu_seconds(os.getpid())
+
+
 @contextmanager
 def serving(command: Sequence[str], address: str) -> Iterator[Server]:
     """Starts `python -m COMMAND`, waits until it logs "serving", and ends it afterwards."""

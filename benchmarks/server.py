@@ -38,11 +38,12 @@ Run = dict[str, Any]
 
 def candidates(arguments: argparse.Namespace) -> list[Candidate]:
     model = arguments.models / arguments.model / "1" / "model.onnx"
-    convoy = ["server", "--repository", str(arguments.models), "--device", "cpu"]
+    convoy = ["server", "--repository", str(arguments.models)]
     convoy += ["--port", "0", "--http-port", "0", "--log-format", "json"]
+    convoy += arguments.flags.split()
     slo = ["--slo-ms", f"{arguments.slo_ms:g}"]
     found = [
-        Candidate("convoy", (*convoy, *arguments.flags.split()), (*convoy, *slo)),
+        Candidate("convoy", tuple(convoy), (*convoy, *slo)),
     ]
     if not arguments.only_convoy:
         found.append(Candidate("naive grpc.aio", ("benchmarks.naive_server", str(model))))
@@ -156,7 +157,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tries", type=int, default=3, help="until one is calm")
     parser.add_argument("--slo-ms", type=float, default=50)
-    parser.add_argument("--flags", default="", help="further flags of convoy-server")
+    parser.add_argument("--flags", default="--device cpu", help="further flags of convoy-server")
     parser.add_argument("--external", action="append", default=[], help="NAME=ADDRESS")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     return parser.parse_args()
