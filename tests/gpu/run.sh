@@ -15,7 +15,7 @@ mkdir -p "$out"
 failed=()
 
 if [[ $device == cpu ]]; then
-  epochs=2 seeds=1 photos=60 net=resnet18 precisions="" half=fp32 sizes=1,2,8 seconds=1 closed=1,16 images=60
+  epochs=2 seeds=1 photos=60 net=net precisions="" half=fp32 sizes=1,2,8 seconds=1 closed=1,16 images=60
 else
   epochs=10 seeds=5 photos=2000 net=resnet50 precisions="--precision fp16 --precision bf16" half=fp16
   sizes=1,2,4,8,16,32,64,128,256 seconds=5 closed=1,8,32,64,128,256,512 images=20000
@@ -45,7 +45,7 @@ print("torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA"
 print("onnxruntime", onnxruntime.__version__, onnxruntime.get_available_providers())'
 
 # 1. The right device and the right answers.
-step tests "$python" -m pytest -q -rs tests/gpu
+step tests "$python" -m pytest -q -rs tests/gpu/test_serving.py
 
 # 2. Serving small images: what the device, the copies and the host take; then closed and open loops.
 step train "$python" -m training --data digits --device "$device" --epochs "$epochs" --out "$out/run"
@@ -58,7 +58,7 @@ step closed-graphs bench "$out/models" --cuda-graphs --payload raw --concurrency
   --plot "$out/closed-graphs.png"
 step open bench "$out/models" "" --payload raw --sweep --rate 500 --slo-ms 10 --plot "$out/open.png"
 step compare "$python" -m benchmarks.server "$out/models" digits --flags "--device $device" \
-  --rounds "$seeds" --seconds "$seconds" --out "$out/compare"
+  --rounds "$seeds" --tries "$seeds" --seconds "$seconds" --out "$out/compare"
 
 # 2. Serving 224 x 224, eight images a request, in half precision.
 step photographs "$python" -m benchmarks.photographs "$out/large" --images "$photos" --architecture "$net"
@@ -69,7 +69,7 @@ step export-large "$python" -m export weights "$out/large/$net.pt" --architectur
 step device-time-large "$python" -m benchmarks.device_time "$out/large/models/large/1" --device "$device" \
   --precision "$half" --batches "$sizes"
 for backend in onnx torchscript; do
-  step "closed-large-$backend" bench "$out/large/models" "--backend $backend --precision $half" --protocol oip \
+  step "closed-large-$backend" bench "$out/large/models" "--backend $backend --precision $half" --protocol oip --model large \
     --payload raw --images 8 --concurrency 1,2,4,8,16 --plot "$out/closed-large-$backend.png"
 done
 
