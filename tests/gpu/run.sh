@@ -15,10 +15,10 @@ mkdir -p "$out"
 failed=()
 
 if [[ $device == cpu ]]; then
-  epochs=2 seeds=1 photos=60 net=net precisions="" half=fp32 sizes=1,2,8 seconds=1 closed=1,16 images=60
+  epochs=2 seeds=1 photos=60 net=net precisions="" half=fp32 sizes=1,2,8 seconds=1 closed=1,16 images=60 fronts=2
 else
   epochs=10 seeds=5 photos=2000 net=resnet50 precisions="--precision fp16 --precision bf16" half=fp16
-  sizes=1,2,4,8,16,32,64,128,256 seconds=5 closed=1,8,32,64,128,256,512 images=20000
+  sizes=1,2,4,8,16,32,64,128,256 seconds=5 closed=1,8,32,64,128,256,512 images=20000 fronts="1 2 4 8"
 fi
 
 step() { # step NAME COMMAND...: runs it, keeps its output, goes on after a failure
@@ -56,6 +56,10 @@ step device-time-graphs "$python" -m benchmarks.device_time "$out/models/digits/
 step closed bench "$out/models" "" --payload raw --concurrency "$closed" --plot "$out/closed.png"
 step closed-graphs bench "$out/models" --cuda-graphs --payload raw --concurrency "$closed" \
   --plot "$out/closed-graphs.png"
+for n in $fronts; do # several connections: the kernel spreads these, not calls
+  step "closed-front-ends-$n" bench "$out/models" "--front-ends $n" --protocol oip --model digits --payload raw \
+    --connections 8 --concurrency "$closed" --plot "$out/closed-front-ends-$n.png"
+done
 step open bench "$out/models" "" --payload raw --sweep --rate 500 --slo-ms 10 --plot "$out/open.png"
 step compare "$python" -m benchmarks.server "$out/models" digits --flags "--device $device" \
   --rounds "$seeds" --tries "$seeds" --seconds "$seconds" --out "$out/compare"

@@ -16,6 +16,7 @@ STEPS = {
     "device-time-graphs": "txt",
     "closed": "png",
     "closed-graphs": "png",
+    "closed-front-ends-2": "png",
     "open": "png",
     "compare": "txt",
     "photographs": "txt",
