@@ -20,7 +20,7 @@
         ├── UnavailableError      starting, draining or shut down
         └── InferenceError        the model itself failed
 
-`protocols.status` maps the second half to gRPC status codes. Messages name the field, what was
+`protocols.calls` maps the second half to gRPC status codes. Messages name the field, what was
 expected and what came; they hold no paths and no internals of the server.
 """
 
