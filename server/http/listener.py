@@ -10,8 +10,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from server.errors import StartupError
-
-_BACKLOG = 2048
+from server.sockets import open_port
 
 
 class HttpListener:
@@ -70,9 +69,8 @@ class _LoopServer(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        return open_port(host, port)
     except OSError as error:
         raise StartupError(
             f"--http-port: cannot listen on {host}:{port}: {error.strerror}"

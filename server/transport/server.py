@@ -9,13 +9,12 @@ from ssl import SSLContext
 
 import grpc
 
+from server.sockets import open_port
 from server.transport.call import Call
 from server.transport.connection import Connection
 from server.transport.headers import Metadata, RequestHead
 from server.transport.limits import TransportLimits
 from server.transport.methods import UNAUTHENTICATED, UNKNOWN_METHOD, Method
-
-_BACKLOG = 2048
 
 Allows = Callable[[str, Metadata], bool]
 
@@ -65,9 +64,7 @@ class GrpcServer:
         Raises:
             OSError: It is in use or not permitted.
         """
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
-        return self.adopt(listening, tls)
+        return self.adopt(open_port(host, port), tls)
 
     def adopt(self, listening: socket.socket, tls: SSLContext | None = None) -> int:
         """Takes a socket that listens already, and returns its port."""
