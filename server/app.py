@@ -78,7 +78,7 @@ class App:
         self._metrics = ServerMetrics(registry)
         watch_devices(registry)
         self._catalogue = ModelCatalogue[LoadedModel]()
-        self._registry = MergedRegistry(registry)
+        self._merged = MergedRegistry(registry) if settings.front_ends else None
         self._front: GrpcFace | FrontEnds
         self._cleanup = contextlib.AsyncExitStack()
         self.port = 0
@@ -169,10 +169,10 @@ class App:
     ) -> GrpcFace | FrontEnds:
         settings = self._settings
         transport = Transport(settings.transport)
-        if settings.front_ends:
+        if self._merged:
             if transport is not Transport.NATIVE:
                 raise StartupError("--front-ends: expected --transport native beside it")
-            front_ends = FrontEnds(settings, max_message_bytes, self._catalogue, self._registry)
+            front_ends = FrontEnds(settings, max_message_bytes, self._catalogue, self._merged)
             self.port = front_ends.port
             return front_ends
         listener = GrpcListener.open(
@@ -184,7 +184,8 @@ class App:
 
     async def _listen_http(self, rest: RestFace, access: Access) -> None:
         settings = self._settings
-        face = HttpFace(rest, self._catalogue, self._registry, settings.ui)
+        registry = self._merged or self._metrics.registry
+        face = HttpFace(rest, self._catalogue, registry, settings.ui)
         listener = HttpListener(
             settings.host,
             settings.http_port,

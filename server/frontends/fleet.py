@@ -16,21 +16,15 @@ import structlog
 from server.backends.devices import usable_cpus
 from server.catalogue import ModelCatalogue
 from server.errors import StartupError
-from server.frontends.messages import (
-    Drain,
-    MadeDefault,
-    ModelChanged,
-    Setup,
-    StateChanged,
-)
+from server.frontends.messages import Drain, MadeDefault, ModelChanged, Setup, StateChanged
 from server.frontends.metrics import MergedRegistry
 from server.frontends.served import ServedFrontEnd
 from server.served_model import LoadedModel
 from server.settings import ServerSettings
+from server.sockets import open_port
 
 logger = structlog.get_logger()
 
-_BACKLOG = 2048
 _MIB = 1024 * 1024
 _RESTART_AFTER_S = 1.0
 # What a front end gets to do what it is told, and to end after the drain.
@@ -63,7 +57,6 @@ class FrontEnds:
         catalogue: ModelCatalogue[LoadedModel],
         registry: MergedRegistry,
     ) -> None:
-        self._settings = settings
         count = settings.front_ends
         self._setup = Setup(settings, max_message_bytes, max(1, usable_cpus() // count))
         self._memory_bytes = _memory_bytes(settings, max_message_bytes)
@@ -77,7 +70,6 @@ class FrontEnds:
         self._running: set[ServedFrontEnd] = set()
         self._processes: set[asyncio.subprocess.Process] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._draining = False
         catalogue.follow(self)
 
     async def start(self) -> None:
@@ -91,7 +83,8 @@ class FrontEnds:
 
     async def drain(self, timeout_s: float) -> None:
         """Lets all answer what they accepted, and end."""
-        self._draining = True
+        for task in self._tasks:
+            task.cancel()
         for listening in self._sockets:
             listening.close()
         self._tell(Drain(timeout_s))
@@ -101,8 +94,6 @@ class FrontEnds:
         except TimeoutError:
             for process in self._processes:
                 process.kill()
-        for task in self._tasks:
-            task.cancel()
 
     def model_changed(self, name: str, ready: bool | None) -> None:
         """A model begins or ends to take requests; None: it is gone."""
@@ -189,8 +180,6 @@ class FrontEnds:
         status = await process.wait()
         self._processes.discard(process)
         self._registry.ended(process.pid)
-        if self._draining:
-            return
         logger.error("front end ended", pid=process.pid, status=status)
         while True:
             await asyncio.sleep(_RESTART_AFTER_S)
@@ -217,19 +206,12 @@ def _listen(host: str, port: int, count: int) -> list[socket.socket]:
     """Opens sockets that share a port, among which the kernel spreads connections."""
     if not hasattr(os, "memfd_create") or not hasattr(socket, "SO_REUSEPORT"):
         raise StartupError("--front-ends: expected Linux, whose processes share ports and memory")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sockets: list[socket.socket] = []
     try:
         # Alone first: two servers must not share a port by accident.
-        with socket.create_server((host, port), family=family) as alone:
+        with open_port(host, port) as alone:
             port = alone.getsockname()[1]
-        for _ in range(count):
-            address = (host, port)
-            sockets.append(
-                socket.create_server(address, family=family, backlog=_BACKLOG, reuse_port=True)
-            )
+        return [open_port(host, port, shared=True) for _ in range(count)]
     except OSError as error:
         raise StartupError(
             f"--port: cannot listen on {host}:{port}: the port is in use or not permitted"
         ) from error
-    return sockets

@@ -14,7 +14,7 @@ _CREATED = "_created"
 
 
 def samples_of(registry: CollectorRegistry) -> dict[SampleKey, float]:
-    """Returns the values of a registry's counters and histograms."""
+    """Returns all values of a registry whose metrics are counters and histograms."""
     return {
         _key(sample): sample.value
         for family in registry.collect()
@@ -58,9 +58,9 @@ class MergedRegistry(CollectorRegistry):
         """Yields this process's metrics, with the others' values added."""
         return self._merged(_sums([self._past, *self._others.values()]))
 
-    def restricted_registry(self, names: Iterable[str]) -> "RestrictedRegistry":  # type: ignore[override]
+    def restricted_registry(self, names: Iterable[str]) -> "_Restricted":  # type: ignore[override]
         """Returns a registry with some of the samples."""
-        return RestrictedRegistry(self, frozenset(names))
+        return _Restricted(self, frozenset(names))
 
     def _merged(self, added: dict[SampleKey, float]) -> Iterator[Metric]:
         for family in self._own.collect():
@@ -75,7 +75,7 @@ class MergedRegistry(CollectorRegistry):
             yield merged
 
 
-class RestrictedRegistry(CollectorRegistry):
+class _Restricted(CollectorRegistry):
     """Some of another registry's samples."""
 
     def __init__(self, registry: CollectorRegistry, names: Collection[str]) -> None:

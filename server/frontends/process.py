@@ -9,7 +9,6 @@ from collections.abc import Coroutine
 from functools import partial
 from typing import Any
 
-import structlog
 from prometheus_client import CollectorRegistry
 
 from server.access import Access
@@ -43,8 +42,6 @@ from server.listener import GrpcListener
 from server.logs import configure_logging
 from server.metrics import ServerMetrics
 from server.served_model import ServedModel
-
-logger = structlog.get_logger()
 
 # How old the numbers are that the owner shows.
 REPORT_EVERY_S = 0.5

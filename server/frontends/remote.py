@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from server.batcher import BatchingLimits
@@ -86,24 +87,19 @@ class RemoteRequests:
                 future.set_exception(UnavailableError("the server is shut down"))
 
 
+@dataclass(frozen=True, slots=True)
 class RemoteBatcher:
     """One version's batcher, as far as requests see it.
 
-    Args:
+    Attributes:
         key: Names the version to the owner.
-        limits: Those of the real batcher.
+        limits: What the real batcher may hold.
         requests: Carries them to it.
     """
 
-    def __init__(self, key: int, limits: BatchingLimits, requests: RemoteRequests) -> None:
-        self._key = key
-        self._limits = limits
-        self._requests = requests
-
-    @property
-    def limits(self) -> BatchingLimits:
-        """What the real one may hold."""
-        return self._limits
+    key: int
+    limits: BatchingLimits
+    requests: RemoteRequests
 
     async def infer(
         self,
@@ -117,4 +113,4 @@ class RemoteBatcher:
         Raises:
             RequestError: As there; OverloadedError too where the memory is full.
         """
-        return await self._requests.infer(self._key, images, deadline_s, priority, client)
+        return await self.requests.infer(self.key, images, deadline_s, priority, client)

@@ -100,9 +100,9 @@ class ServedFrontEnd:
             case AllHeard():
                 _done(self._asked.popleft())
             case Listening():
-                self.listening.set_result(None)
+                _done(self.listening)
             case Failed(reason):
-                self.listening.set_exception(StartupError(reason))
+                self._fail(reason)
 
     def _infer(self, ask: Infer) -> None:
         pixels = np.frombuffer(self._memory, np.uint8, math.prod(ask.shape), ask.offset)
@@ -135,9 +135,12 @@ class ServedFrontEnd:
         self._models.clear()
         for heard in self._asked:
             _done(heard)
-        if not self.listening.done():
-            self.listening.set_exception(StartupError("--front-ends: one ended as it started"))
+        self._fail("--front-ends: one ended as it started")
         self.ended.set()
+
+    def _fail(self, reason: str) -> None:
+        if not self.listening.done():
+            self.listening.set_exception(StartupError(reason))
 
 
 def _reply(number: int, run: asyncio.Task[Prediction]) -> Answered | Refused:
