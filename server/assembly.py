@@ -23,15 +23,10 @@ def access_files(settings: ServerSettings) -> AccessFiles:
     )
 
 
-def slo_s(settings: ServerSettings) -> float:
-    """Returns in which time a request is to be answered; infinity without an objective."""
-    return settings.slo_ms / 1000 or float("inf")
-
-
 def call_boundary(settings: ServerSettings, metrics: ServerMetrics) -> CallBoundary:
     """Returns where errors become status codes."""
     return CallBoundary(
-        metrics, slo_s=slo_s(settings), tells_clients_apart=settings.max_client_share < 1
+        metrics, slo_s=settings.slo_s, tells_clients_apart=settings.max_client_share < 1
     )
 
 

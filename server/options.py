@@ -3,7 +3,6 @@
 import contextlib
 import math
 
-from server.assembly import slo_s
 from server.backends.devices import Device, usable_cpus
 from server.batcher import BatchingLimits
 from server.canary import CanaryLimits
@@ -77,7 +76,7 @@ def load_options(settings: ServerSettings, device: Device) -> LoadOptions:
         device,
         threads=max(1, cpus // instances),
         limits=limits,
-        slo_s=slo_s(settings),
+        slo_s=settings.slo_s,
         public_key=read_public_key(required) if required else None,
         precision=settings.precision,
         cuda_graphs=settings.cuda_graphs,

@@ -239,6 +239,11 @@ class ServerSettings(BaseSettings):
         "console", description="How log lines are written to stderr."
     )
 
+    @property
+    def slo_s(self) -> float:
+        """In which time a request is to be answered; infinity without an objective."""
+        return self.slo_ms / 1000 or float("inf")
+
     @classmethod
     def settings_customise_sources(
         cls,

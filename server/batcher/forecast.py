@@ -26,11 +26,6 @@ class Forecast:
         self._lag = RunningTail()
         self._ran_at_s = float("-inf")
 
-    @property
-    def lag_tail_s(self) -> float:
-        """What an answer nearly never exceeds between the end of its run and its leaving."""
-        return self._lag.tail_s
-
     def likely_s(self, size: int) -> float:
         """Returns the time from the start of a run until its answers have left, as expected."""
         return self.latency.mean_s(size) + 2 * self._lag.mean_s
