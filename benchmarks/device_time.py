@@ -19,7 +19,8 @@ import torch
 
 from server.backends import Backend, load_backend
 from server.backends.devices import choose_device
-from server.manifest import ArtefactFormat, Manifest, read_manifest
+from server.backends.runtimes import Runtime
+from server.manifest import Manifest, read_manifest
 from server.repository import ModelVersion
 
 RUNS = 20
@@ -35,8 +36,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,2,4,8,16,32,64,128,256")
     arguments = parser.parse_args()
     manifest = read_manifest(arguments.version)
-    onnx = load(manifest, arguments, ArtefactFormat.ONNX)
-    torchscript = load(manifest, arguments, ArtefactFormat.TORCHSCRIPT)
+    onnx = load(manifest, arguments, Runtime.ONNX_RUNTIME)
+    torchscript = load(manifest, arguments, Runtime.TORCHSCRIPT)
     print(f"{manifest.name}, {arguments.precision}, {onnx.provider}, {torchscript.provider}")
     print("batch        run  images/s  torchscript     device         to       from")
     for size in map(int, arguments.batches.split(",")):
@@ -54,11 +55,11 @@ def main() -> None:
         print(f"{size:5}{run_ms:11.3f}{1000 * size / run_ms:10.0f}  {cells}", flush=True)
 
 
-def load(manifest: Manifest, arguments: argparse.Namespace, form: ArtefactFormat) -> Backend:
-    record = manifest.artefact(form, arguments.precision).file
+def load(manifest: Manifest, arguments: argparse.Namespace, runtime: Runtime) -> Backend:
+    record = manifest.artefact(runtime.format, arguments.precision).file
     file = ModelVersion(arguments.version, manifest).read(record)
     device = choose_device(arguments.device)
-    return load_backend(form, file, device, 1, arguments.cuda_graphs)
+    return load_backend(runtime, file, device, 1, arguments.cuda_graphs)
 
 
 def copy_to(images: np.ndarray, device: str) -> None:

@@ -1,6 +1,5 @@
 """Shows where an image's time goes, by operator: ONNX Runtime's own profile, and OpenVINO's.
 
-    uv pip install openvino       # for comparison only
     python -m benchmarks.export_profile [--threads 1] [--batches 1,32] [NET …]
 
 Each cell is microseconds an image in all nodes of an operator, as the optimised graph has them. Of

@@ -1,6 +1,5 @@
 """Times the artefacts of a net beside what else could run it, in alternating rounds.
 
-    uv pip install openvino       # for comparison only; no part of Convoy needs it
     python -m benchmarks.export_speed [--threads 2] [--rounds 7] [NET …]
 
 Every candidate maps the same uint8 images to logits and probabilities, on as many threads. Weights
@@ -20,12 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-import openvino
 import torch
 
 from benchmarks.processes import OtherWork
 from export import aot_inductor, int8, onnx_format, torchscript
 from export.servable import Servable
+from server.backends import Backend, load_backend
+from server.backends.devices import Device
+from server.backends.openvino_import import openvino
+from server.backends.runtimes import Runtime
+from server.repository import VerifiedFile
 from training import nets
 
 Call = Callable[[], object]
@@ -74,6 +77,7 @@ def candidates(name: str, folder: Path, threads: int) -> Iterator[tuple[int, dic
         batch = images[:batch_size]
         tensor = torch.from_numpy(batch)
         run_openvino = compile_openvino(folder / "model.onnx", batch, threads)
+        served = serve_openvino(folder / "model.onnx", threads)
         calls: dict[str, Call] = {
             label: lambda s=found, b=batch: s.run(None, {"image": b})
             for label, found in sessions.items()
@@ -85,6 +89,7 @@ def candidates(name: str, folder: Path, threads: int) -> Iterator[tuple[int, dic
             "aot-inductor": lambda b=batch: native(b),
             "torch.compile": lambda t=tensor: without_gradients(compiled, t),
             "openvino": lambda r=run_openvino, b=batch: r([b]),
+            "openvino served": lambda s=served, b=batch: s.run(b),
         }
         yield batch_size, calls
 
@@ -125,6 +130,12 @@ def compile_openvino(
     return openvino.Core().compile_model(model, "CPU", settings)
 
 
+def serve_openvino(path: Path, threads: int) -> Backend:
+    """Loads the graph as `convoy-server --backend openvino` does, for batches of any size."""
+    file = VerifiedFile(path.name, path.read_bytes())
+    return load_backend(Runtime.OPENVINO, file, Device("cpu"), threads)
+
+
 def without_gradients(module: Callable[[torch.Tensor], object], images: torch.Tensor) -> object:
     with torch.inference_mode():
         return module(images)
@@ -162,7 +173,7 @@ def show(title: str, times_s: dict[str, list[float]]) -> None:
         if not taken_s:
             continue
         ratios = [base / taken for base, taken in zip(times_s[BASE], taken_s, strict=True)]
-        print(f"  {label:14}{spread([1e3 * s for s in taken_s]):36}{spread(ratios)}", flush=True)
+        print(f"  {label:16}{spread([1e3 * s for s in taken_s]):36}{spread(ratios)}", flush=True)
 
 
 def spread(values: list[float]) -> str:

@@ -10,13 +10,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from server.backends import Backend, load_backend
 from server.backends.devices import Device
+from server.backends.runtimes import Runtime
 from server.batch_metrics import BatchFamilies
 from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
 from server.errors import GraphError, RepositoryError
 from server.golden import GoldenSamples, check_answers, check_decoding, read_golden_samples
 from server.manifest import (
     Artefact,
-    ArtefactFormat,
     Manifest,
     TensorSpec,
     parse_manifest,
@@ -38,8 +38,8 @@ class LoadOptions:
     """How versions are loaded.
 
     Attributes:
-        format: The artefact to run.
-        precision: Which of that format's: "fp32", "fp16", "bf16" or "int8".
+        runtime: What runs the artefact of its format.
+        precision: Which of that format's artefacts: "fp32", "fp16", "bf16" or "int8".
         threads: CPU threads for one batch.
         limits: What a batcher may hold; its batch size is an upper bound.
         slo_s: In which time a request is to be answered; bounds the batch size too.
@@ -47,7 +47,7 @@ class LoadOptions:
         cuda_graphs: Whether ONNX Runtime captures and replays a CUDA graph for each batch size.
     """
 
-    format: ArtefactFormat
+    runtime: Runtime
     device: Device
     threads: int
     limits: BatchingLimits
@@ -87,7 +87,12 @@ class ModelLoader:
         started_s = time.monotonic()
         manifest, artefact, file, golden = self._read(folder)
         backend = load_backend(
-            options.format, file, options.device, options.threads, options.cuda_graphs
+            options.runtime,
+            file,
+            options.device,
+            options.threads,
+            options.cuda_graphs,
+            instances=options.limits.instances,
         )
         # The runtime has made its own of it, and warming up takes memory too.
         del file
@@ -120,12 +125,12 @@ class ModelLoader:
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
         runs_on = RunsOn(backend.platform, backend.device, backend.provider, artefact.precision)
-        return LoadedModel(manifest, options.format, runs_on, batcher, requests, statistics.read)
+        return LoadedModel(manifest, options.runtime, runs_on, batcher, requests, statistics.read)
 
     def _read(self, folder: Path) -> tuple[Manifest, Artefact, VerifiedFile, GoldenSamples]:
         manifest_bytes = read_manifest_bytes(folder)
         manifest = parse_manifest(folder, manifest_bytes)
-        artefact = manifest.artefact(self._options.format, self._options.precision)
+        artefact = manifest.artefact(self._options.runtime.format, self._options.precision)
         if self._options.public_key:
             verify_signature(folder, manifest_bytes, self._options.public_key)
         file, samples = ModelVersion(folder, manifest).read_files(artefact.file, manifest.samples)

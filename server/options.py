@@ -4,11 +4,12 @@ import contextlib
 import math
 
 from server.backends.devices import Device, usable_cpus
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
 from server.canary import CanaryLimits
 from server.errors import ManifestError
 from server.loading import LoadOptions
-from server.manifest import ArtefactFormat, read_manifest
+from server.manifest import read_manifest
 from server.repository import ModelFolder
 from server.settings import ServerSettings
 from server.signing import read_public_key
@@ -72,7 +73,7 @@ def load_options(settings: ServerSettings, device: Device) -> LoadOptions:
     )
     required = settings.require_signature
     return LoadOptions(
-        ArtefactFormat(settings.backend),
+        Runtime(settings.backend),
         device,
         threads=max(1, cpus // instances),
         limits=limits,

@@ -5,8 +5,9 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits, DynamicBatcher
-from server.manifest import ArtefactFormat, Manifest
+from server.manifest import Manifest
 from server.metrics import RequestMetrics, RunsOn
 from server.requests import Images, Prediction
 from server.statistics import ModelStatistics
@@ -63,7 +64,7 @@ class ServedModel:
 
     Attributes:
         manifest: What it says about itself.
-        format: The artefact in use.
+        runtime: What `--backend` asked for.
         runs_on: What really runs it.
         batcher: Where its requests go.
         requests: Counts them.
@@ -72,7 +73,7 @@ class ServedModel:
     """
 
     manifest: Manifest
-    format: ArtefactFormat
+    runtime: Runtime
     runs_on: RunsOn
     batcher: Batcher
     requests: RequestMetrics

@@ -3,7 +3,9 @@
 from typing import Protocol
 
 from server.backends.devices import Device
-from server.manifest import ArtefactFormat, TensorSpec
+from server.backends.runtimes import Runtime
+from server.errors import StartupError
+from server.manifest import TensorSpec
 from server.repository import VerifiedFile
 from server.requests import Images, Outputs
 
@@ -37,39 +39,52 @@ class Backend(Protocol):
 
 
 def load_backend(
-    format_: ArtefactFormat,
+    runtime: Runtime,
     file: VerifiedFile,
     device: Device,
     threads: int,
     cuda_graphs: bool = False,
+    *,
+    instances: int = 1,
 ) -> Backend:
     """Loads an artefact.
 
     Args:
-        format_: Which runtime to use.
-        file: The artefact.
+        runtime: Which runtime to use.
+        file: The artefact, in the runtime's format.
         device: Where to run; a device that is not usable is an error, never a silent fall-back.
         threads: CPU threads for one batch.
         cuda_graphs: Whether ONNX Runtime captures and replays a CUDA graph for each batch size.
+        instances: Batches that are to run side by side.
 
     Raises:
         DeviceError: The device cannot be used.
         RepositoryError: The runtime cannot read the file.
+        StartupError: The runtime is not installed.
     """
-    match format_:
-        case ArtefactFormat.ONNX:
-            from server.backends.onnx import OnnxBackend
+    try:
+        match runtime:
+            case Runtime.ONNX_RUNTIME:
+                from server.backends.onnx import OnnxBackend
 
-            return OnnxBackend(file, device, threads, cuda_graphs)
-        case ArtefactFormat.TORCHSCRIPT:
-            from server.backends.torchscript import TorchScriptBackend
+                return OnnxBackend(file, device, threads, cuda_graphs)
+            case Runtime.OPENVINO:
+                from server.backends.openvino import OpenVinoBackend
 
-            return TorchScriptBackend(file, device, threads)
-        case ArtefactFormat.EXPORTED_PROGRAM:
-            from server.backends.exported_program import ExportedProgramBackend
+                return OpenVinoBackend(file, device, threads, instances)
+            case Runtime.TORCHSCRIPT:
+                from server.backends.torchscript import TorchScriptBackend
 
-            return ExportedProgramBackend(file, device, threads)
-        case ArtefactFormat.AOT_INDUCTOR:
-            from server.backends.aot_inductor import AotInductorBackend
+                return TorchScriptBackend(file, device, threads)
+            case Runtime.EXPORTED_PROGRAM:
+                from server.backends.exported_program import ExportedProgramBackend
 
-            return AotInductorBackend(file, device, threads)
+                return ExportedProgramBackend(file, device, threads)
+            case Runtime.AOT_INDUCTOR:
+                from server.backends.aot_inductor import AotInductorBackend
+
+                return AotInductorBackend(file, device, threads)
+    except ImportError as error:
+        raise StartupError(
+            f"--backend {runtime.value}: expected the extra {runtime.extra} installed"
+        ) from error

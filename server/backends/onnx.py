@@ -6,8 +6,8 @@ from typing import Any
 import onnxruntime as ort
 
 from server.backends.devices import Device
-from server.backends.onnx_bound import OUTPUT_NAMES, BoundSession
-from server.backends.onnx_file import check_self_contained
+from server.backends.onnx_bound import BoundSession
+from server.backends.onnx_file import OUTPUT_NAMES, check_self_contained
 from server.errors import DeviceError, DeviceMemoryError, RepositoryError
 from server.manifest import TensorSpec
 from server.repository import VerifiedFile

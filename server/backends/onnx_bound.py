@@ -7,9 +7,8 @@ import numpy as np
 import onnxruntime as ort
 
 from server.backends.devices import Device
+from server.backends.onnx_file import OUTPUT_NAMES
 from server.requests import Images, Outputs
-
-OUTPUT_NAMES = ("logits", "probabilities")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Looks into an ONNX file before the runtime opens it: it must not reach outside itself."""
+"""Looks into an ONNX file before a runtime opens it: it must not reach outside itself."""
 
 from collections.abc import Iterable, Iterator
 
@@ -8,6 +8,7 @@ from convoy.onnx.v1 import graph_pb2 as pb
 from server.errors import GraphError
 from server.repository import VerifiedFile
 
+OUTPUT_NAMES = ("logits", "probabilities")
 # What ONNX Runtime implements itself; any other domain asks for a library of somebody's.
 _KNOWN_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 # Names a compiled program in another file.

@@ -6,10 +6,11 @@ Those of every request are tuples, which pickle in about a microsecond.
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
 from server.catalogue import ServerState
 from server.errors import RequestError
-from server.manifest import ArtefactFormat, Manifest
+from server.manifest import Manifest
 from server.metrics import RunsOn
 from server.requests import Scores
 from server.settings import ServerSettings
@@ -95,7 +96,7 @@ class Admitted:
 
     key: int
     manifest: Manifest
-    format: ArtefactFormat
+    runtime: Runtime
     runs_on: RunsOn
     limits: BatchingLimits
 

@@ -133,7 +133,7 @@ class FrontEnd:
         manifest = message.manifest
         model = ServedModel(
             manifest,
-            message.format,
+            message.runtime,
             message.runs_on,
             RemoteBatcher(message.key, message.limits, self._requests),
             self._metrics.requests_of(manifest.name, manifest.version),

@@ -70,7 +70,7 @@ class ServedFrontEnd:
         model.users.__enter__()
         self._models[key] = model
         self.link.send(
-            Admitted(key, model.manifest, model.format, model.runs_on, model.batcher.limits)
+            Admitted(key, model.manifest, model.runtime, model.runs_on, model.batcher.limits)
         )
 
     def remove(self, key: int) -> None:

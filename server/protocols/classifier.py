@@ -206,7 +206,7 @@ def _model_status(model: ServedModel, ready: bool) -> pb.ModelStatus:
         height=height,
         width=width,
         labels=model.manifest.labels,
-        backend=model.format.value,
+        backend=model.runtime.value,
         device=model.runs_on.device,
         provider=model.runs_on.provider,
         max_batch_size=model.batcher.limits.max_batch_size,

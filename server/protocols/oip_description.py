@@ -2,15 +2,16 @@
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import model_config_pb2 as config_pb
-from server.manifest import ArtefactFormat, TensorSpec
+from server.backends.runtimes import Runtime
+from server.manifest import TensorSpec
 from server.served_model import ServedModel
 from server.statistics import Durations
 
 _US_PER_S = 1_000_000
 # Platform and backend under the names that Triton has for them.
 _PLATFORMS = {
-    ArtefactFormat.ONNX: ("onnxruntime_onnx", "onnxruntime"),
-    ArtefactFormat.TORCHSCRIPT: ("pytorch_libtorch", "pytorch"),
+    Runtime.ONNX_RUNTIME: ("onnxruntime_onnx", "onnxruntime"),
+    Runtime.TORCHSCRIPT: ("pytorch_libtorch", "pytorch"),
 }
 _DATATYPES = {"UINT8": config_pb.TYPE_UINT8, "FP32": config_pb.TYPE_FP32}
 
@@ -18,7 +19,7 @@ _DATATYPES = {"UINT8": config_pb.TYPE_UINT8, "FP32": config_pb.TYPE_FP32}
 def model_config(model: ServedModel) -> config_pb.ModelConfig:
     """Returns how a model is served."""
     limits = model.batcher.limits
-    platform, backend = _PLATFORMS.get(model.format, ("", model.format.value))
+    platform, backend = _PLATFORMS.get(model.runtime, ("", model.runtime.value))
     return config_pb.ModelConfig(
         name=model.name,
         platform=platform,

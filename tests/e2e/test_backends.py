@@ -12,9 +12,10 @@ from convoy.oip.v2 import inference_pb2_grpc
 from server import loading
 from server.backends import load_backend
 from server.backends.devices import Device
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
-from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
+from tests.needs import needs_openvino
 from tests.processes import ServerProcess, running_server
 
 
@@ -35,6 +36,7 @@ def logits_of(server: ServerProcess, images: np.ndarray) -> np.ndarray:
     ("backend", "platform", "provider"),
     [
         ("onnx", "onnx_onnxv1", "CPUExecutionProvider"),
+        pytest.param("openvino", "openvino_onnxv1", "openvino-cpu", marks=needs_openvino),
         ("torchscript", "pytorch_torchscript", "torch-cpu"),
         ("exported-program", "pytorch_exported_program", "torch-cpu"),
     ],
@@ -47,6 +49,8 @@ def test_each_backend_serves_the_logits_of_the_eager_net(repository, backend, pl
         with grpc.insecure_channel(server.address) as channel:
             stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
             metadata = stub.ModelMetadata(pb.ModelMetadataRequest(name="digits"))
+        runs_on = {"platform": platform, "device": "cpu", "provider": provider}
+        assert server.metric("convoy_model_info", model="digits", **runs_on) == 1
     assert metadata.platform == platform
     assert dict(metadata.properties) == {"device": "cpu", "provider": provider}
 
@@ -55,6 +59,7 @@ def test_each_backend_serves_the_logits_of_the_eager_net(repository, backend, pl
     ("backend", "platform"),
     [
         ("onnx", "onnx_onnxv1"),
+        pytest.param("openvino", "openvino_onnxv1", marks=needs_openvino),
         ("torchscript", "pytorch_torchscript"),
         ("exported-program", "pytorch_exported_program"),
     ],
@@ -65,14 +70,14 @@ def test_each_backend_loads_what_was_verified_though_the_files_change_meanwhile(
     folder = tmp_path / "digits" / "1"
     shutil.copytree(repository / "digits" / "1", folder)
 
-    def load_late(*arguments):
+    def load_late(*arguments, **options):
         for path in folder.iterdir():
             path.write_bytes(b"not what was verified")
-        return load_backend(*arguments)
+        return load_backend(*arguments, **options)
 
     monkeypatch.setattr(loading, "load_backend", load_late)
     limits = BatchingLimits(max_batch_size=4, max_queue_size=16)
-    options = loading.LoadOptions(ArtefactFormat(backend), Device("cpu"), 1, limits)
+    options = loading.LoadOptions(Runtime(backend), Device("cpu"), 1, limits)
     # Loading compares the answers with the golden samples, of the bytes that were verified too.
     model = loading.ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
     assert model.runs_on.platform == platform

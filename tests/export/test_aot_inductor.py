@@ -15,8 +15,8 @@ from export.samples import Samples
 from export.source import ModelSource
 from server.backends import load_backend
 from server.backends.devices import Device
+from server.backends.runtimes import Runtime
 from server.errors import DeviceError, RepositoryError
-from server.manifest import ArtefactFormat as ServedFormat
 from server.repository import VerifiedFile
 
 VARIANT = Variant(ArtefactFormat.AOT_INDUCTOR)
@@ -43,7 +43,7 @@ def package(version: Published) -> VerifiedFile:
 
 
 def test_the_server_runs_it_at_any_batch_size(compiled: Published) -> None:
-    backend = load_backend(ServedFormat.AOT_INDUCTOR, package(compiled), Device("cpu"), threads=1)
+    backend = load_backend(Runtime.AOT_INDUCTOR, package(compiled), Device("cpu"), threads=1)
     assert (backend.device, backend.platform) == ("cpu", "pytorch_aot_inductor")
     with np.load(compiled.path / "samples.npz", allow_pickle=False) as samples:
         for count in (1, 3, 16):
@@ -56,19 +56,19 @@ def test_code_for_another_processor_is_refused_before_it_runs(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
     with pytest.raises(RepositoryError, match=r"this processor \(ABACUS\), got code for "):
-        load_backend(ServedFormat.AOT_INDUCTOR, package(compiled), Device("cpu"), threads=1)
+        load_backend(Runtime.AOT_INDUCTOR, package(compiled), Device("cpu"), threads=1)
 
 
 def test_what_is_no_package_is_refused() -> None:
     file = VerifiedFile("model.aoti.pt2", b"not an archive")
     with pytest.raises(RepositoryError, match=r"model\.aoti\.pt2: torch cannot load it"):
-        load_backend(ServedFormat.AOT_INDUCTOR, file, Device("cpu"), threads=1)
+        load_backend(Runtime.AOT_INDUCTOR, file, Device("cpu"), threads=1)
 
 
 def test_it_is_for_the_cpu() -> None:
     file = VerifiedFile("model.aoti.pt2", b"")
     with pytest.raises(DeviceError, match="compiled for the CPU"):
-        load_backend(ServedFormat.AOT_INDUCTOR, file, Device("cuda"), threads=1)
+        load_backend(Runtime.AOT_INDUCTOR, file, Device("cuda"), threads=1)
 
 
 def test_without_a_compiler_nothing_is_published(

@@ -17,11 +17,12 @@ from export.samples import Samples, load_samples
 from export.source import ModelSource
 from export.versions import golden_expectation, read_version, verify
 from server.backends.devices import Device
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
 from server.loading import LoadOptions, ModelLoader
-from server.manifest import ArtefactFormat as ServedFormat
 from server.metrics import ServerMetrics
 from tests.export.conftest import MEAN, PORTABLE_FORMATS, STD
+from tests.needs import needs_openvino
 from training import nets
 from training.data import Preprocessing, load_data
 
@@ -118,13 +119,22 @@ def test_verify_holds_each_precision_to_its_own_gate(variants: Published) -> Non
     assert len(parities) == 9
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
+@pytest.mark.parametrize(
+    ("runtime", "precision"),
+    [
+        (Runtime.ONNX_RUNTIME, "fp32"),
+        (Runtime.ONNX_RUNTIME, "fp16"),
+        (Runtime.TORCHSCRIPT, "bf16"),
+        (Runtime.ONNX_RUNTIME, "int8"),
+        pytest.param(Runtime.OPENVINO, "fp16", marks=needs_openvino),
+        pytest.param(Runtime.OPENVINO, "int8", marks=needs_openvino),
+    ],
+)
 def test_the_server_runs_the_variant_that_it_is_asked_for(
-    variants: Published, precision: str
+    variants: Published, runtime: Runtime, precision: str
 ) -> None:
-    form = ServedFormat.TORCHSCRIPT if precision == "bf16" else ServedFormat.ONNX
     limits = BatchingLimits(max_batch_size=2, max_queue_size=4)
-    options = LoadOptions(form, Device("cpu"), 1, limits, precision=precision)
+    options = LoadOptions(runtime, Device("cpu"), 1, limits, precision=precision)
     model = ModelLoader(options, ServerMetrics(CollectorRegistry())).load(variants.path)
     assert model.runs_on.precision == precision
 

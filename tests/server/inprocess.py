@@ -11,11 +11,11 @@ import grpc
 from prometheus_client import CollectorRegistry
 
 from server.backends.devices import Device
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.loading import LoadOptions, ModelLoader
-from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.protocols.calls import CallBoundary
 from server.protocols.classifier import ClassifierServicer
@@ -78,7 +78,7 @@ async def servicers(folder: Path, **limits: object) -> AsyncIterator[Servicers]:
     registry = CollectorRegistry()
     metrics = ServerMetrics(registry)
     options = LoadOptions(
-        ArtefactFormat.ONNX,
+        Runtime.ONNX_RUNTIME,
         Device("cpu"),
         threads=1,
         limits=BatchingLimits(**{"max_batch_size": 4, "max_queue_size": 4096, **limits}),

@@ -14,6 +14,7 @@ from server import loading
 from server.backends import load_backend
 from server.backends.devices import Device, choose_device, count_cuda_devices, usable_cpus
 from server.backends.onnx import OnnxBackend
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
 from server.errors import (
     DeviceError,
@@ -24,7 +25,6 @@ from server.errors import (
     VerificationError,
 )
 from server.loading import LoadOptions, ModelLoader
-from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.repository import VerifiedFile
 from server.requests import Images, Outputs
@@ -44,7 +44,7 @@ from tests.server.conftest import (
 def load(tmp_path):
     def load_newest(public_key: Ed25519PublicKey | None = None) -> LoadedModel:
         limits = BatchingLimits(max_batch_size=6, max_queue_size=16)
-        options = LoadOptions(ArtefactFormat.ONNX, Device("cpu"), 1, limits, public_key=public_key)
+        options = LoadOptions(Runtime.ONNX_RUNTIME, Device("cpu"), 1, limits, public_key=public_key)
         folder = max((tmp_path / "models" / "colours").iterdir())
         return ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
 
@@ -254,9 +254,9 @@ async def test_what_was_verified_is_loaded_though_the_files_change_meanwhile(
 ):
     folder = publish()
 
-    def load_late(*arguments):
+    def load_late(*arguments, **options):
         spoil_files(folder)
-        return load_backend(*arguments)
+        return load_backend(*arguments, **options)
 
     monkeypatch.setattr(loading, "load_backend", load_late)
     images = np.full((1, HEIGHT, WIDTH, 3), 51, np.uint8)
@@ -316,7 +316,7 @@ def test_usable_cpus_follow_the_affinity():
         os.sched_setaffinity(0, before)
 
 
-@pytest.mark.parametrize("form", [ArtefactFormat.EXPORTED_PROGRAM, ArtefactFormat.TORCHSCRIPT])
+@pytest.mark.parametrize("form", [Runtime.EXPORTED_PROGRAM, Runtime.TORCHSCRIPT])
 def test_a_file_that_is_no_archive_of_torch_is_refused(form):
     file = VerifiedFile("model.pt", b"not an archive")
     with pytest.raises(RepositoryError, match=r"model\.pt: torch cannot load it"):

@@ -11,13 +11,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from server.backends.devices import choose_device
 from server.backends.onnx import OnnxBackend
+from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
 from server.canary import CanaryLimits
 from server.catalogue import ModelCatalogue, ServerState
 from server.errors import ModelNotFoundError, RepositoryError, UnavailableError
 from server.loading import LoadOptions, ModelLoader
 from server.manager import ModelManager
-from server.manifest import ArtefactFormat
 from server.metrics import ServerMetrics
 from server.policy import VersionPolicy
 from server.refusals import Refusals
@@ -46,7 +46,7 @@ class Live:
         self.told: list[tuple[str, bool | None]] = []
         metrics = ServerMetrics(self.registry)
         limits = BatchingLimits(4, max_queue_size=16, hang_timeout_s=hang_timeout_s)
-        options = LoadOptions(ArtefactFormat.ONNX, choose_device("cpu"), 1, limits)
+        options = LoadOptions(Runtime.ONNX_RUNTIME, choose_device("cpu"), 1, limits)
         self.manager = ModelManager(
             ModelRepository(root),
             VersionPolicy.parse(policy),
