@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from convoy.oip.v2 import inference_pb2
 from server.access import Access
 from server.assembly import access_files, call_boundary, image_decoder, open_tracing
-from server.backends.devices import Device, choose_device, usable_cpus
+from server.backends.devices import Device, choose_devices, usable_cpus
 from server.catalogue import ModelCatalogue, ServerState
 from server.decoding import ImageDecoder
 from server.device_metrics import watch_devices
@@ -103,9 +103,9 @@ class App:
 
     async def _start(self) -> None:
         settings = self._settings
-        device = choose_device(settings.device)
+        devices = choose_devices(settings.device)
         repository = ModelRepository(settings.repository)
-        manager = self._model_manager(repository, device)
+        manager = self._model_manager(repository, devices)
         # First in, last out: accepted requests are answered before the instances end.
         self._cleanup.push_async_callback(manager.close)
         await self._listen(max_message_bytes(settings, repository.models()))
@@ -124,15 +124,17 @@ class App:
             http=f"{settings.host}:{self.http_port}",
             **({"admin": f"{settings.host}:{self.admin_port}"} if self.admin_port else {}),
             models=len({model.name for model in self._catalogue}),
-            device=str(device),
+            device=",".join(map(str, devices)),
         )
 
-    def _model_manager(self, repository: ModelRepository, device: Device) -> ModelManager:
+    def _model_manager(
+        self, repository: ModelRepository, devices: tuple[Device, ...]
+    ) -> ModelManager:
         settings = self._settings
         return ModelManager(
             repository,
             VersionPolicy.parse(settings.version_policy),
-            ModelLoader(load_options(settings, device), self._metrics),
+            ModelLoader(load_options(settings, devices), self._metrics),
             catalogue=self._catalogue,
             rollout=Rollout(self._catalogue, self._metrics, self._model_changed),
             refusals=Refusals(self._metrics.models),

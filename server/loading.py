@@ -1,7 +1,7 @@
 """Brings a version of the repository into service: verify, load, warm up, check its answers."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from server.backends import Backend, load_backend
 from server.backends.devices import Device
 from server.backends.runtimes import Runtime
 from server.batch_metrics import BatchFamilies
-from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
+from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel, Runner
 from server.errors import GraphError, RepositoryError
 from server.golden import GoldenSamples, check_answers, check_decoding, read_golden_samples
 from server.manifest import (
@@ -39,16 +39,18 @@ class LoadOptions:
 
     Attributes:
         runtime: What runs the artefact of its format.
+        devices: Where to run it, of one kind; it is loaded once for each.
         precision: Which of that format's artefacts: "fp32", "fp16", "bf16" or "int8".
         threads: CPU threads for one batch.
-        limits: What a batcher may hold; its batch size is an upper bound.
+        limits: What a batcher may hold; its batch size is an upper bound, its instances are those
+            of all devices.
         slo_s: In which time a request is to be answered; bounds the batch size too.
         public_key: Whose signature every version must bear; None asks for none.
         cuda_graphs: Whether ONNX Runtime captures and replays a CUDA graph for each batch size.
     """
 
     runtime: Runtime
-    device: Device
+    devices: tuple[Device, ...]
     threads: int
     limits: BatchingLimits
     slo_s: float = float("inf")
@@ -76,8 +78,8 @@ class ModelLoader:
         """Loads the version in a folder NAME/VERSION.
 
         Manifest, signature, digests, golden pictures, graph, warm-up and golden answers are checked
-        in this order. Every file is read once, so what was checked is what runs, whatever is
-        written meanwhile.
+        in this order, the last three on every device. Every file is read once, so what was checked
+        is what runs, whatever is written meanwhile.
 
         Raises:
             RepositoryError: One of them is not as it should be; the class tells which.
@@ -86,45 +88,50 @@ class ModelLoader:
         options = self._options
         started_s = time.monotonic()
         manifest, artefact, file, golden = self._read(folder)
-        backend = load_backend(
-            options.runtime,
-            file,
-            options.device,
-            options.threads,
-            options.cuda_graphs,
-            instances=options.limits.instances,
-        )
+        backends = [
+            load_backend(
+                options.runtime,
+                file,
+                device,
+                options.threads,
+                options.cuda_graphs,
+                instances=options.limits.instances // len(options.devices),
+            )
+            for device in options.devices
+        ]
         # The runtime has made its own of it, and warming up takes memory too.
         del file
-        _check_graph(backend, manifest)
+        for backend in backends:
+            _check_graph(backend, manifest)
         warming_s = time.monotonic()
-        latency = _warm_up(backend, manifest, options.limits.max_batch_size)
+        latency = _warm_up(backends, manifest, options.limits)
         limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
         warmup_s = time.monotonic() - warming_s
-        check_answers(golden, backend, manifest, artefact.tolerance)
+        for backend in backends:
+            check_answers(golden, backend, manifest, artefact.tolerance)
         observer = self._batches.observer(manifest, limits)
         statistics = ModelStatistics()
         batcher = DynamicBatcher(
-            backend.run,
+            [Runner(backend.run) for backend in backends],
             manifest.sample_shape,
             limits,
             BatchObservers(observer, statistics),
             latency=latency,
         )
         observer.follow(batcher.snapshot)
+        runs_on = _runs_on(backends, artefact)
         load_s = time.monotonic() - started_s
         self._metrics.models.loaded(manifest.name, manifest.version, load_s, warmup_s)
         logger.info(
             "model loaded",
             model=manifest.name,
             version=manifest.version,
-            device=backend.device,
-            provider=backend.provider,
+            device=runs_on.device,
+            provider=runs_on.provider,
             max_batch_size=limits.max_batch_size,
             load_s=round(load_s, 3),
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
-        runs_on = RunsOn(backend.platform, backend.device, backend.provider, artefact.precision)
         return LoadedModel(manifest, options.runtime, runs_on, batcher, requests, statistics.read)
 
     def _read(self, folder: Path) -> tuple[Manifest, Artefact, VerifiedFile, GoldenSamples]:
@@ -157,9 +164,16 @@ def _listed(tensors: Iterable[TensorSpec]) -> str:
     return ", ".join(f"{each.name} {each.datatype} {list(each.shape)}" for each in tensors)
 
 
-def _warm_up(backend: Backend, manifest: Manifest, max_batch_size: int) -> LatencyModel:
+def _runs_on(backends: Sequence[Backend], artefact: Artefact) -> RunsOn:
+    devices = ",".join(backend.device for backend in backends)
+    return RunsOn(backends[0].platform, devices, backends[0].provider, artefact.precision)
+
+
+def _warm_up(
+    backends: Sequence[Backend], manifest: Manifest, limits: BatchingLimits
+) -> LatencyModel:
     try:
-        return warm_up(backend, manifest.sample_shape, max_batch_size)
+        return warm_up(backends, limits.instances, manifest.sample_shape, limits.max_batch_size)
     except Exception as error:  # the runtimes have no common exception type
         raise RepositoryError(
             f"model {manifest.name!r} version {manifest.version}: it cannot run a batch of zeros"

@@ -177,7 +177,14 @@ class RequestMetrics:
 
 @dataclass(frozen=True, slots=True)
 class RunsOn:
-    """What really runs a version: the labels of convoy_model_info."""
+    """What really runs a version: the labels of convoy_model_info.
+
+    Attributes:
+        platform: The runtime's name in the Open Inference Protocol.
+        device: Where, as the runtime reports it; several by commas.
+        provider: What executes it there.
+        precision: Of the artefact.
+    """
 
     platform: str
     device: str

@@ -52,15 +52,15 @@ def _largest_sample_bytes(folder: ModelFolder) -> int:
     return largest
 
 
-def load_options(settings: ServerSettings, device: Device) -> LoadOptions:
+def load_options(settings: ServerSettings, devices: tuple[Device, ...]) -> LoadOptions:
     """Returns how versions are loaded and batched.
 
     Raises:
         StartupError: The key for signatures cannot be read.
     """
     cpus = usable_cpus()
-    automatic = 1 if device.kind == "cuda" else min(2, cpus)
-    instances = settings.instances or automatic
+    automatic = 1 if devices[0].kind == "cuda" else min(2, cpus)
+    instances = (settings.instances or automatic) * len(devices)
     limits = BatchingLimits(
         max_batch_size=settings.max_batch_size or _MAX_BATCH_SIZE,
         max_queue_size=settings.max_queue_size,
@@ -74,7 +74,7 @@ def load_options(settings: ServerSettings, device: Device) -> LoadOptions:
     required = settings.require_signature
     return LoadOptions(
         Runtime(settings.backend),
-        device,
+        devices,
         threads=max(1, cpus // instances),
         limits=limits,
         slo_s=settings.slo_s,

@@ -135,9 +135,10 @@ class ServerSettings(BaseSettings):
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
-        description="auto, cpu, cuda or cuda:INDEX. auto takes CUDA where there is a device; an "
-        "explicit cuda that cannot be used ends the start, it never falls back to the CPU.",
+        pattern=r"^(auto|cpu(,cpu)*|cuda:all|cuda(:[0-9]+)?(,cuda(:[0-9]+)?)*)$",
+        description="auto, cpu, cuda or cuda:INDEX; several by commas (cuda:0,cuda:1) or cuda:all "
+        "share one queue. auto takes CUDA where there is a device; an explicit cuda that cannot be "
+        "used ends the start, it never falls back to the CPU.",
     )
     backend: Literal["onnx", "openvino", "torchscript", "exported-program", "aot-inductor"] = Field(
         "onnx",
@@ -205,8 +206,8 @@ class ServerSettings(BaseSettings):
     instances: int = Field(
         0,
         ge=0,
-        description="Threads that run batches of one model side by side. 0: one on CUDA, one for "
-        "each processor, at most two, on a CPU.",
+        description="Threads that run batches of one model side by side on each device. 0: one on "
+        "CUDA, one for each processor, at most two, on a CPU.",
     )
     max_image_pixels: int = Field(
         50_000_000,

@@ -1,14 +1,19 @@
 """Runs a model before the first request does, and measures how long its batches take."""
 
 import gc
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from server.backends import Backend
 from server.batcher import LatencyModel
 from server.batcher.latency import HANDOVER_S
+from server.requests import Images
+
+Clock = Callable[[], float]
 
 # Timed runs of each size, after one that is not timed: more of those that take little.
 _LEAST_RUNS = 3
@@ -20,36 +25,46 @@ _GAIN = 1.03
 
 
 def warm_up(
-    backend: Backend,
+    backends: Sequence[Backend],
+    instances: int,
     sample_shape: tuple[int, int, int],
     max_batch_size: int,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> LatencyModel:
     """Runs batches of 1, 2, 4 … images while larger ones are faster an image.
 
+    All instances run at once, as they do under load: those of one device share it, and all share
+    the processors. What one alone takes would promise too much.
+
     Args:
-        backend: The loaded model.
+        backends: The loaded model, on each of its devices.
+        instances: Threads that will run batches, spread over the devices.
         sample_shape: `(H, W, 3)`.
         max_batch_size: The largest batch to try.
         clock: Seconds.
 
     Returns:
-        What was measured. Every size in it was run, so no request pays for a first run of its size.
+        What was measured on each device. Every size in it was run there, so no request pays for a
+        first run of its size.
     """
-    measured_s: dict[int, float] = {}
+    measured_s: list[dict[int, float]] = [{} for _ in backends]
     best_pace = 0.0
     fruitless = 0
     size = 1
-    while fruitless < _FRUITLESS:
-        size = min(size, max_batch_size)
-        measured_s[size] = _time(backend, np.zeros((size, *sample_shape), np.uint8), clock)
-        pace = size / (measured_s[size] + HANDOVER_S)
-        fruitless = 0 if pace > _GAIN * best_pace else fruitless + 1
-        best_pace = max(best_pace, pace)
-        if size == max_batch_size:
-            break
-        size *= 2
-    return LatencyModel(measured_s, pads=backend.fixed_shapes)
+    with ThreadPoolExecutor(instances, thread_name_prefix="warm-up") as threads:
+        rounds = _Rounds(backends, instances, threads, clock)
+        while fruitless < _FRUITLESS:
+            size = min(size, max_batch_size)
+            times_s = rounds.fastest_s(np.zeros((size, *sample_shape), np.uint8))
+            for table_s, time_s in zip(measured_s, times_s, strict=True):
+                table_s[size] = time_s
+            pace = size / (max(times_s) + HANDOVER_S)
+            fruitless = 0 if pace > _GAIN * best_pace else fruitless + 1
+            best_pace = max(best_pace, pace)
+            if size == max_batch_size:
+                break
+            size *= 2
+    return LatencyModel(*measured_s, pads=backends[0].fixed_shapes)
 
 
 def settle_memory() -> None:
@@ -62,12 +77,53 @@ def settle_memory() -> None:
     gc.freeze()
 
 
-def _time(backend: Backend, images: np.ndarray, clock: Callable[[], float]) -> float:
-    """The fastest run: whatever else the machine does can only lengthen one."""
-    backend.run(images)
-    times_s: list[float] = []
-    while len(times_s) < _LEAST_RUNS or (sum(times_s) < _TIMED_S and len(times_s) < _MOST_RUNS):
-        started_s = clock()
-        backend.run(images)
-        times_s.append(clock() - started_s)
-    return min(times_s)
+class _Rounds:
+    """Runs a batch on every instance at once.
+
+    Args:
+        backends: The model on each of its devices.
+        instances: How many there are on all of them.
+        threads: One for each instance.
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        instances: int,
+        threads: ThreadPoolExecutor,
+        clock: Clock,
+    ) -> None:
+        self._backends = backends
+        self._instances = instances
+        self._threads = threads
+        self._clock = clock
+        self._all_there = threading.Barrier(instances)
+
+    def fastest_s(self, images: Images) -> list[float]:
+        """Returns for each device the fastest of some rounds, after one that is not timed.
+
+        Whatever else the machine does can only lengthen one.
+        """
+        self._run(images)
+        rounds_s: list[list[float]] = []
+        spent_s = 0.0
+        while len(rounds_s) < _LEAST_RUNS or (spent_s < _TIMED_S and len(rounds_s) < _MOST_RUNS):
+            rounds_s.append(self._run(images))
+            spent_s += max(rounds_s[-1])
+        return [min(times_s) for times_s in zip(*rounds_s, strict=True)]
+
+    def _run(self, images: Images) -> list[float]:
+        """Returns for each device what the slowest of its instances took."""
+
+        def take_s(number: int) -> float:
+            backend = self._backends[number % len(self._backends)]
+            self._all_there.wait()
+            started_s = self._clock()
+            backend.run(images)
+            return self._clock() - started_s
+
+        times_s = list(self._threads.map(take_s, range(self._instances)))
+        return [
+            max(times_s[device :: len(self._backends)]) for device in range(len(self._backends))
+        ]

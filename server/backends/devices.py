@@ -41,6 +41,20 @@ def choose_device(wanted: str) -> Device:
     return Device("cuda", index)
 
 
+def choose_devices(wanted: str) -> tuple[Device, ...]:
+    """Turns a setting (as for `choose_device`, cuda:all, or several by commas) into devices.
+
+    A device that is named twice is taken twice.
+
+    Raises:
+        DeviceError: A CUDA device was asked for that the driver does not offer.
+    """
+    if wanted == "cuda:all":
+        count = max(1, count_cuda_devices())
+        return tuple(choose_device(f"cuda:{index}") for index in range(count))
+    return tuple(map(choose_device, wanted.split(",")))
+
+
 def count_cuda_devices() -> int:
     """Asks the CUDA driver, without any runtime, how many devices it offers; 0 without a driver."""
     try:

@@ -8,6 +8,7 @@ and observer.py is what the rest of the server gets to know of it.
 """
 
 from server.batcher.batcher import Clock, DynamicBatcher
+from server.batcher.instance import Runner
 from server.batcher.latency import LatencyModel
 from server.batcher.limits import BatcherSnapshot, BatchingLimits
 from server.batcher.observer import BatchObserver, BatchReport
@@ -20,4 +21,5 @@ __all__ = [
     "Clock",
     "DynamicBatcher",
     "LatencyModel",
+    "Runner",
 ]

@@ -7,18 +7,18 @@ for a fuller batch, counted from the oldest request.
 """
 
 import asyncio
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import structlog
 
 from server.batcher.admission import Admission, Refusal
 from server.batcher.delivery import Delivery
 from server.batcher.dispatcher import Dispatcher
 from server.batcher.forecast import Forecast
-from server.batcher.instance import BatchResult, ModelInstance, Run
+from server.batcher.instance import BatchResult, ModelInstance, Runner
 from server.batcher.latency import LatencyModel
 from server.batcher.limits import BatcherSnapshot, BatchingLimits
 from server.batcher.observer import BatchObserver
@@ -30,36 +30,29 @@ from server.requests import Batch, Images, InferenceRequest, Outcome, Outputs, P
 logger = structlog.get_logger()
 
 Clock = Callable[[], float]
-Allocate = Callable[[tuple[int, ...]], Images]
 Tap = Callable[[Images, Prediction], None]
-
-
-def _allocate(shape: tuple[int, ...]) -> Images:
-    return np.empty(shape, np.uint8)
 
 
 class DynamicBatcher:
     """Joins requests into batches and runs them on the model's instances.
 
     Example:
-        batcher = DynamicBatcher(backend.run, (32, 32, 3), limits, observer)
+        batcher = DynamicBatcher([Runner(backend.run)], (32, 32, 3), limits, observer)
         batcher.start()
         prediction = await batcher.infer(images)
         await batcher.drain()
 
-    `infer`, `start` and `drain` belong to one event loop; `run` is called on instance threads and
-    must be safe to call from several at once when there are several. It returns arrays of its own,
-    which it does not write to again.
+    `infer`, `start` and `drain` belong to one event loop; runners are called on instance threads.
 
     Args:
-        run: Runs a batch.
+        runners: The model on each of its devices; the instances are spread over them, and all of
+            them share one queue.
         sample_shape: `(H, W, 3)`.
         limits: What may be held.
         observer: Is told what happened.
-        latency: Predicts how long a batch takes; without one nothing is refused for its deadline
-            before that has passed.
+        latency: Predicts how long a batch takes on each of these devices; without one nothing is
+            refused for its deadline before that has passed.
         clock: Monotonic seconds.
-        allocate: Makes an instance's batch buffer of a shape.
 
     Attributes:
         tap: Is shown each request that was answered, with its answer; None, which is free of cost,
@@ -68,14 +61,13 @@ class DynamicBatcher:
 
     def __init__(
         self,
-        run: Run,
+        runners: Sequence[Runner],
         sample_shape: tuple[int, int, int],
         limits: BatchingLimits,
         observer: BatchObserver,
         clock: Clock = time.monotonic,
         *,
         latency: LatencyModel | None = None,
-        allocate: Allocate = _allocate,
     ) -> None:
         self.tap: Tap | None = None
         self._limits = limits
@@ -85,8 +77,10 @@ class DynamicBatcher:
         padded = self._forecast.latency.padded
         buffer_shape = (padded(limits.max_batch_size), *sample_shape)
         self._instances = [
-            ModelInstance(number, run, allocate(buffer_shape), padded)
-            for number in range(limits.instances)
+            ModelInstance(number, device, runner, buffer_shape, padded)
+            for number, (device, runner) in zip(
+                range(limits.instances), itertools.cycle(enumerate(runners)), strict=False
+            )
         ]
         self._running = 0
         self._accepting = False
@@ -231,6 +225,10 @@ class DynamicBatcher:
                 now_s = self._clock()
                 self._give_up(dispatcher.pop_late(now_s))
                 wait_s = dispatcher.wait_s(instance, now_s)
+                if wait_s is not None and self._accepting and dispatcher.leaves_it(instance):
+                    # Whoever waits longest wakes, and so on until it is the one that is meant.
+                    self._changed.notify()
+                    wait_s = None
                 if wait_s == 0 or (wait_s and not self._accepting):
                     batch, dropped = dispatcher.seal(instance, now_s)
                     self._give_up(dropped)
@@ -254,7 +252,7 @@ class DynamicBatcher:
             self._forecast.ran(now_s)
             if len(result.pieces) == 1 and isinstance(result.pieces[0].result, Outputs):
                 size = batch.size + result.padded_images
-                self._forecast.latency.observe(size, now_s - batch.sealed_at_s)
+                self._forecast.latency.observe(size, now_s - batch.sealed_at_s, instance.device)
             if result.largest_run is not None:
                 self._dispatcher.shrink_batches(result.largest_run)
         # One wake-up of the event loop per batch, however many requests it held.

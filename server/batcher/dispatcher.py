@@ -1,5 +1,6 @@
 """What a free instance runs next, and who may wait for it."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import structlog
@@ -46,6 +47,7 @@ class Dispatcher:
         self.delay_s = limits.max_queue_delay_s
         self._queue = queue
         self._instances = instances
+        self._has_several_devices = len({instance.device for instance in instances}) > 1
         self._forecast = forecast
 
     def can_make_it(self, request: InferenceRequest) -> bool:
@@ -95,6 +97,17 @@ class Dispatcher:
         others_s = [other.free_at_s for other in self._instances if other is not instance]
         return deferral_s(queue, self._forecast.latency, now_s, self.max_batch_size, others_s)
 
+    def leaves_it(self, instance: ModelInstance) -> bool:
+        """Whether another idle instance shall run what waits, since its device has less to do."""
+        if not self._has_several_devices:
+            return False
+        running = Counter(each.device for each in self._instances if not each.is_idle)
+        return any(
+            running[each.device] < running[instance.device]
+            for each in self._instances
+            if each.is_idle
+        )
+
     def seal(
         self, instance: ModelInstance, now_s: float
     ) -> tuple[Batch | None, list[InferenceRequest]]:
@@ -111,7 +124,8 @@ class Dispatcher:
         if not parts:
             return None, dropped
         images = sum(part.size for part in parts)
-        batch = Batch(tuple(parts), now_s, self._forecast.latency.mean_s(images))
+        takes_s = self._forecast.latency.mean_on_s(instance.device, images)
+        batch = Batch(tuple(parts), now_s, takes_s)
         instance.begin(batch)
         return batch, dropped
 

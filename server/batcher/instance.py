@@ -4,10 +4,31 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from server.errors import DeviceMemoryError
 from server.requests import Batch, Images, Outputs, Part
 
 Run = Callable[[Images], Outputs]
+Allocate = Callable[[tuple[int, ...]], Images]
+
+
+def _allocate(shape: tuple[int, ...]) -> Images:
+    return np.empty(shape, np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Runner:
+    """A model on a device, as its instances see it.
+
+    Attributes:
+        run: Runs a batch `[N, H, W, 3]`; called by several instances at once where there are. It
+            returns arrays of its own, which it does not write to again.
+        allocate: Makes an instance's batch buffer of a shape.
+    """
+
+    run: Run
+    allocate: Allocate = _allocate
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +59,31 @@ class ModelInstance:
 
     Args:
         number: Names the thread.
-        run: The backend.
-        buffer: `[B, H, W, 3]`, this instance's own, which every batch is gathered into: the only
-            copy of pixels between the wire and the device.
+        device: The number of the device that it runs on.
+        runner: The model on that device.
+        buffer_shape: `[B, H, W, 3]` of this instance's own buffer, which every batch is gathered
+            into: the only copy of pixels between the wire and the device.
         padded: The size that a batch of some size is run with.
 
     Attributes:
+        device: The same.
         started_at_s: When the run under way began, None between runs; the watchdog reads it.
         free_at_s: When the run under way is expected to end.
         batch: The batch under way.
     """
 
-    def __init__(self, number: int, run: Run, buffer: Images, padded: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        number: int,
+        device: int,
+        runner: Runner,
+        buffer_shape: tuple[int, ...],
+        padded: Callable[[int], int],
+    ) -> None:
+        self.device = device
         self._number = number
-        self._run = run
-        self._buffer = buffer
+        self._run = runner.run
+        self._buffer = runner.allocate(buffer_shape)
         self._padded = padded
         self.started_at_s: float | None = None
         self.free_at_s = float("-inf")

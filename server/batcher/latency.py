@@ -47,23 +47,34 @@ class LatencyModel:
     Between measured sizes it interpolates, beyond the largest it extrapolates in proportion.
     Without any measurement it predicts 0, so nothing is ever refused for it.
 
+    Several devices are measured and tracked apart. Nobody knows which of them a request will meet,
+    so what is predicted is what the slowest of them takes, for each size.
+
     Args:
-        measured_s: Seconds of a run by batch size, with one for size 1.
+        measured_s: For each device, seconds of a run by batch size, with one for size 1; of the
+            same sizes on all.
         pads: Whether batches are padded to a measured size, as a device wants that prepares itself
             for each new shape.
     """
 
-    def __init__(self, measured_s: Mapping[int, float] | None = None, pads: bool = False) -> None:
-        measured_s = measured_s or {}
-        self._sizes = tuple(sorted(measured_s))
-        self._means_s = [measured_s[size] for size in self._sizes]
-        self._deviations_s = [_FIRST_DEVIATION * mean_s for mean_s in self._means_s]
+    def __init__(self, *measured_s: Mapping[int, float], pads: bool = False) -> None:
+        self._sizes = tuple(sorted(measured_s[0])) if measured_s else ()
+        # By device, then by size.
+        self._means_s = [[table_s[size] for size in self._sizes] for table_s in measured_s]
+        self._deviations_s = [
+            [_FIRST_DEVIATION * mean_s for mean_s in means_s] for means_s in self._means_s
+        ]
+        # Of the slowest device, by size.
+        self._slowest_s = [0.0] * len(self._sizes)
+        self._tails_s = [0.0] * len(self._sizes)
+        for index in range(len(self._sizes)):
+            self._find_slowest(index)
         self._pads = pads
 
     @property
     def table_s(self) -> dict[int, float]:
         """The expected run time of each measured size."""
-        return dict(zip(self._sizes, self._means_s, strict=True))
+        return dict(zip(self._sizes, self._slowest_s, strict=True))
 
     def padded(self, size: int) -> int:
         """Returns the size that a batch is run with."""
@@ -73,11 +84,15 @@ class LatencyModel:
 
     def mean_s(self, size: int) -> float:
         """Returns the expected run time of a batch."""
-        return self._at(size, self._means_s)
+        return self._at(size, self._slowest_s)
+
+    def mean_on_s(self, device: int, size: int) -> float:
+        """Returns the expected run time of a batch on one of the devices."""
+        return self._at(size, self._means_s[device]) if self._sizes else 0.0
 
     def tail_s(self, size: int) -> float:
         """Returns a time that nearly no run of such a batch exceeds."""
-        return self.mean_s(size) + _DEVIATIONS * self._at(size, self._deviations_s)
+        return self._at(size, self._tails_s)
 
     def pace(self, size: int) -> float:
         """Returns images a second in batches of a size, hand-over included."""
@@ -94,16 +109,25 @@ class LatencyModel:
         best = max(map(self.pace, allowed))
         return next(size for size in allowed if self.pace(size) >= _NEARLY_BEST * best)
 
-    def observe(self, size: int, actual_s: float) -> None:
-        """Learns from a run, whose size includes the padding."""
+    def observe(self, size: int, actual_s: float, device: int = 0) -> None:
+        """Learns from a run on one of the devices; its size includes the padding."""
         if not self._sizes:
             return
-        expected_s = self.mean_s(size)
+        means_s, deviations_s = self._means_s[device], self._deviations_s[device]
+        expected_s = self._at(size, means_s)
         nearest = min(bisect.bisect_left(self._sizes, size), len(self._sizes) - 1)
         ratio = min(actual_s / expected_s, _MAX_RATIO) if expected_s else 1.0
-        self._means_s[nearest] *= 1 + _GAIN * (ratio - 1)
+        means_s[nearest] *= 1 + _GAIN * (ratio - 1)
         error_s = abs(actual_s - expected_s)
-        self._deviations_s[nearest] += _GAIN * (error_s - self._deviations_s[nearest])
+        deviations_s[nearest] += _GAIN * (error_s - deviations_s[nearest])
+        self._find_slowest(nearest)
+
+    def _find_slowest(self, index: int) -> None:
+        self._slowest_s[index] = max(means_s[index] for means_s in self._means_s)
+        self._tails_s[index] = max(
+            means_s[index] + _DEVIATIONS * deviations_s[index]
+            for means_s, deviations_s in zip(self._means_s, self._deviations_s, strict=True)
+        )
 
     def _at(self, size: int, values: Sequence[float]) -> float:
         if not self._sizes:

@@ -13,7 +13,7 @@ class BatchingLimits:
         max_batch_size: Images in one batch.
         max_queue_size: Images that may wait; a request beyond them is refused at once.
         max_queue_delay_s: How long a free instance waits for a batch to fill; 0 for not at all.
-        instances: Threads that run batches side by side.
+        instances: Threads that run batches side by side, on all devices together.
         max_queue_bytes: Bytes of pixels that may wait.
         max_request_images: Images that one request may bring; it is split over batches.
         max_client_share: Part of the queue, 0 to 1, that requests of one named client may hold.

@@ -82,15 +82,15 @@ def _output(spec: TensorSpec) -> config_pb.ModelOutput:
 
 
 def _instances(model: ServedModel) -> config_pb.ModelInstanceGroup:
-    kind, _, index = model.runs_on.device.partition(":")
+    instances, devices = model.batcher.limits.instances, model.runs_on.device.split(",")
     group = config_pb.ModelInstanceGroup(
-        name=model.name,
-        count=model.batcher.limits.instances,
-        kind=config_pb.ModelInstanceGroup.KIND_CPU,
+        name=model.name, count=instances, kind=config_pb.ModelInstanceGroup.KIND_CPU
     )
-    if kind == "cuda":
+    if devices[0].startswith("cuda:"):
         group.kind = config_pb.ModelInstanceGroup.KIND_GPU
-        group.gpus.append(int(index or 0))
+        group.gpus.extend(int(device.removeprefix("cuda:")) for device in devices)
+        # The protocol counts those of each GPU.
+        group.count = instances // len(devices)
     return group
 
 

@@ -77,7 +77,7 @@ def test_each_backend_loads_what_was_verified_though_the_files_change_meanwhile(
 
     monkeypatch.setattr(loading, "load_backend", load_late)
     limits = BatchingLimits(max_batch_size=4, max_queue_size=16)
-    options = loading.LoadOptions(Runtime(backend), Device("cpu"), 1, limits)
+    options = loading.LoadOptions(Runtime(backend), (Device("cpu"),), 1, limits)
     # Loading compares the answers with the golden samples, of the bytes that were verified too.
     model = loading.ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
     assert model.runs_on.platform == platform

@@ -134,7 +134,7 @@ def test_the_server_runs_the_variant_that_it_is_asked_for(
     variants: Published, runtime: Runtime, precision: str
 ) -> None:
     limits = BatchingLimits(max_batch_size=2, max_queue_size=4)
-    options = LoadOptions(runtime, Device("cpu"), 1, limits, precision=precision)
+    options = LoadOptions(runtime, (Device("cpu"),), 1, limits, precision=precision)
     model = ModelLoader(options, ServerMetrics(CollectorRegistry())).load(variants.path)
     assert model.runs_on.precision == precision
 

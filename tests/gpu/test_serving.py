@@ -70,6 +70,17 @@ def test_the_device_asked_for_runs_and_agrees(models, golden, device, backend, f
             assert difference.max() <= TOLERANCE[device]
 
 
+def test_every_device_answers_behind_one_queue(models, golden, device):
+    every = "cpu,cpu" if device == "cpu" else "cuda:all"
+    with (
+        running_server(models, "--device", every, "--instances", "2") as server,
+        ThreadPoolExecutor(16) as callers,
+    ):
+        assert dict(metadata(server).properties)["device"].startswith(device)
+        for logits in callers.map(infer, [server] * 64, [golden["images"]] * 64):
+            assert np.abs(logits - golden["logits"]).max() <= TOLERANCE[device]
+
+
 def test_a_version_whose_golden_samples_fail_there_is_refused(models, golden, device):
     with running_server(models, "--device", device, "--poll-s", "0.2") as server:
 

@@ -79,7 +79,7 @@ async def servicers(folder: Path, **limits: object) -> AsyncIterator[Servicers]:
     metrics = ServerMetrics(registry)
     options = LoadOptions(
         Runtime.ONNX_RUNTIME,
-        Device("cpu"),
+        (Device("cpu"),),
         threads=1,
         limits=BatchingLimits(**{"max_batch_size": 4, "max_queue_size": 4096, **limits}),
     )

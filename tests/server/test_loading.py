@@ -1,3 +1,5 @@
+import asyncio
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -11,8 +13,14 @@ from onnx import NodeProto, TensorProto, helper
 from prometheus_client import CollectorRegistry
 
 from server import loading
-from server.backends import load_backend
-from server.backends.devices import Device, choose_device, count_cuda_devices, usable_cpus
+from server.backends import Backend, devices, load_backend
+from server.backends.devices import (
+    Device,
+    choose_device,
+    choose_devices,
+    count_cuda_devices,
+    usable_cpus,
+)
 from server.backends.onnx import OnnxBackend
 from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
@@ -44,7 +52,9 @@ from tests.server.conftest import (
 def load(tmp_path):
     def load_newest(public_key: Ed25519PublicKey | None = None) -> LoadedModel:
         limits = BatchingLimits(max_batch_size=6, max_queue_size=16)
-        options = LoadOptions(Runtime.ONNX_RUNTIME, Device("cpu"), 1, limits, public_key=public_key)
+        options = LoadOptions(
+            Runtime.ONNX_RUNTIME, (Device("cpu"),), 1, limits, public_key=public_key
+        )
         folder = max((tmp_path / "models" / "colours").iterdir())
         return ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
 
@@ -70,6 +80,63 @@ async def test_a_version_is_loaded_and_answers(publish, load):
     outputs = await outputs_of(model, images)
     np.testing.assert_allclose(outputs.logits, mean_colour_logits(images), atol=1e-6)
     np.testing.assert_allclose(outputs.probabilities.sum(axis=1), 1, atol=1e-6)
+
+
+@pytest.fixture
+def load_on_two(publish, monkeypatch):
+    """Loads a version on two devices, one of which may be another than it seems."""
+
+    def load(replace: Callable[[int, Backend], Backend]) -> LoadedModel:
+        numbers = itertools.count()
+        monkeypatch.setattr(
+            loading,
+            "load_backend",
+            lambda *arguments, **named: replace(next(numbers), load_backend(*arguments, **named)),
+        )
+        limits = BatchingLimits(max_batch_size=2, max_queue_size=256, instances=4)
+        options = LoadOptions(Runtime.ONNX_RUNTIME, (Device("cpu"), Device("cpu")), 1, limits)
+        return ModelLoader(options, ServerMetrics(CollectorRegistry())).load(publish())
+
+    return load
+
+
+class Wrapped:
+    """A backend that counts what it is asked for in service, and may answer wrongly."""
+
+    def __init__(self, backend: Backend, offset: float = 0.0) -> None:
+        self._backend = backend
+        self._offset = np.float32(offset)
+        self.images = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._backend, name)
+
+    def run(self, images: Images) -> Outputs:
+        self.images += len(images)
+        outputs = self._backend.run(images)
+        return Outputs(outputs.logits + self._offset, outputs.probabilities)
+
+
+async def test_two_devices_share_one_queue_and_answer_alike(load_on_two):
+    backends: list[Wrapped] = []
+
+    def wrap(number: int, backend: Backend) -> Wrapped:
+        backends.append(Wrapped(backend))
+        return backends[-1]
+
+    model = await asyncio.to_thread(load_on_two, wrap)
+    assert model.runs_on.device == "cpu,cpu"
+    before = [backend.images for backend in backends]
+    images = np.random.default_rng(1).integers(0, 256, (128, 4, 6, 3), np.uint8)
+    outputs = await outputs_of(model, images)
+    np.testing.assert_allclose(outputs.logits, mean_colour_logits(images), atol=1e-6)
+    assert sum(backend.images for backend in backends) == sum(before) + 128
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_golden_samples_must_agree_on_every_device(load_on_two, bad):
+    with pytest.raises(GoldenSamplesError, match=r"differ by 0\.5 on cpu"):
+        load_on_two(lambda number, backend: Wrapped(backend, 0.5 if number == bad else 0.0))
 
 
 @pytest.mark.parametrize("offset", [0.01, np.nan])
@@ -296,7 +363,12 @@ def test_cuda_without_a_device_is_an_error_and_auto_takes_the_cpu():
         choose_device("cuda")
     with pytest.raises(DeviceError, match="'cuda:3'"):
         choose_device("cuda:3")
+    with pytest.raises(DeviceError, match="'cuda:0': the driver offers 0"):
+        choose_devices("cuda:all")
+    with pytest.raises(DeviceError, match="'cuda:1'"):
+        choose_devices("cuda:1,cuda:0")
     assert choose_device("auto") == Device("cpu")
+    assert choose_devices("auto") == (Device("cpu"),)
 
 
 @pytest.mark.skipif(count_cuda_devices() > 0, reason="this machine has a CUDA device")
@@ -305,6 +377,14 @@ def test_a_cuda_session_that_falls_back_is_noticed(publish):
     folder = publish()
     with pytest.raises(DeviceError, match="cuda:0"):
         OnnxBackend(file_at(folder / "model.onnx"), Device("cuda"), threads=1)
+
+
+def test_devices_are_taken_in_the_order_named_and_as_often(monkeypatch):
+    monkeypatch.setattr(devices, "count_cuda_devices", lambda: 3)
+    assert choose_devices("cuda") == choose_devices("auto") == (Device("cuda", 0),)
+    assert choose_devices("cuda:2,cuda:0") == (Device("cuda", 2), Device("cuda", 0))
+    assert choose_devices("cuda:all") == tuple(Device("cuda", index) for index in range(3))
+    assert choose_devices("cpu,cpu") == (Device("cpu"), Device("cpu"))
 
 
 def test_usable_cpus_follow_the_affinity():

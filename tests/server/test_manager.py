@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from server.backends.devices import choose_device
+from server.backends.devices import Device
 from server.backends.onnx import OnnxBackend
 from server.backends.runtimes import Runtime
 from server.batcher import BatchingLimits
@@ -46,7 +46,7 @@ class Live:
         self.told: list[tuple[str, bool | None]] = []
         metrics = ServerMetrics(self.registry)
         limits = BatchingLimits(4, max_queue_size=16, hang_timeout_s=hang_timeout_s)
-        options = LoadOptions(Runtime.ONNX_RUNTIME, choose_device("cpu"), 1, limits)
+        options = LoadOptions(Runtime.ONNX_RUNTIME, (Device("cpu"),), 1, limits)
         self.manager = ModelManager(
             ModelRepository(root),
             VersionPolicy.parse(policy),

@@ -65,6 +65,23 @@ def test_it_serves_every_model_and_tells_so(models):
         assert server.stop() == 0
 
 
+def test_several_devices_answer_behind_one_queue_and_are_told(models):
+    with running_server(models, "--device", "cpu,cpu", "--instances", "1") as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+            for reply in [stub.ModelInfer.future(infer_request(count=3)) for _ in range(20)]:
+                logits = np.frombuffer(reply.result().raw_output_contents[0], "<f4")
+                assert logits == pytest.approx([0.2] * 9)
+            told = stub.ModelMetadata(pb.ModelMetadataRequest(name="colours"))
+            assert told.properties["device"] == "cpu,cpu"
+        text = get(f"{server.http}/metrics")[1]
+        assert 'convoy_instances{model="colours",version="1"} 2.0' in text
+        assert 'device="cpu,cpu"' in text
+        (serving,) = (event for event in server.events if event["event"] == "serving")
+        assert serving["device"] == "cpu,cpu"
+        assert server.stop() == 0
+
+
 def test_metrics_tell_what_was_done(models):
     with running_server(models, "--device", "cpu") as server:
         with grpc.insecure_channel(server.address) as channel:

@@ -1,5 +1,7 @@
 import pytest
 
+from server import options
+from server.backends.devices import Device
 from server.errors import StartupError
 from server.settings import ServerSettings, parse_settings
 
@@ -29,6 +31,8 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_file(monkeypatch, tm
         (["--repository", "x", "--port", "http"], "--port: .*got 'http'"),
         (["--repository", "x", "--port", "65536"], "--port: .*65535.*got '65536'"),
         (["--repository", "x", "--device", "gpu"], "--device: .*got 'gpu'"),
+        (["--repository", "x", "--device", "cpu,cuda"], "--device: .*got 'cpu,cuda'"),
+        (["--repository", "x", "--device", "cuda:all,cuda"], "--device: .*got 'cuda:all,cuda'"),
         (["--repository", "x", "--backend", "tensorrt"], "--backend|tensorrt"),
         (["--repository", "x", "--max-batch-size", "-1"], "--max-batch-size: .*got '-1'"),
         (["--repository", "x", "--colour", "red"], "--colour red"),
@@ -38,6 +42,24 @@ def test_a_mistake_is_one_line_that_names_the_flag(flags, message):
     with pytest.raises(StartupError, match=message) as caught:
         parse_settings(flags)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "device",
+    ["auto", "cpu", "cpu,cpu", "cuda", "cuda:1", "cuda:0,cuda:1", "cuda,cuda:1", "cuda:all"],
+)
+def test_one_device_or_several_of_a_kind_can_be_named(device):
+    assert parse_settings(["--repository", "x", "--device", device]).device == device
+
+
+@pytest.mark.parametrize(("flags", "instances"), [([], 4), (["--instances", "3"], 6)])
+def test_instances_are_those_of_each_device(monkeypatch, flags, instances):
+    monkeypatch.setattr(options, "usable_cpus", lambda: 12)
+    settings = parse_settings(["--repository", "x", *flags])
+    cpus = (Device("cpu"), Device("cpu"))
+    loading = options.load_options(settings, cpus)
+    assert (loading.devices, loading.limits.instances) == (cpus, instances)
+    assert loading.threads == 12 // instances
 
 
 @pytest.mark.parametrize("content", ["colour = 'red'", "port = ", "port = 'http'"])

@@ -2,7 +2,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
+from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel, Runner
 from tests.server.batcher.fakes import SHAPE, Clock, GatedBackend, Make, Observer
 
 
@@ -36,7 +36,9 @@ async def make(backend: GatedBackend, observer: Observer, clock: Clock) -> Async
         limits = BatchingLimits(
             max_batch_size, max_queue_size, max_queue_delay_s, instances, **limits_
         )
-        batcher = DynamicBatcher(backend.run, SHAPE, limits, observer, clock, latency=latency)
+        batcher = DynamicBatcher(
+            [Runner(backend.run)], SHAPE, limits, observer, clock, latency=latency
+        )
         batcher.start()
         made.append(batcher)
         return batcher

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from server.batcher import BatchingLimits, DynamicBatcher
+from server.batcher import BatchingLimits, DynamicBatcher, Runner
 from server.errors import (
     DeadlineExceededError,
     InferenceError,
@@ -164,7 +164,7 @@ async def test_a_queue_delay_waits_for_a_full_batch(make, backend):
 
 async def test_a_queue_delay_ends_by_the_age_of_the_oldest_request(backend, observer):
     limits = BatchingLimits(max_batch_size=4, max_queue_size=8, max_queue_delay_s=0.02)
-    batcher = DynamicBatcher(backend.run, SHAPE, limits, observer)
+    batcher = DynamicBatcher([Runner(backend.run)], SHAPE, limits, observer)
     batcher.start()
     backend.permits.release()
     prediction = await batcher.infer(image(1))
@@ -191,7 +191,7 @@ async def test_random_cancels_never_lose_duplicate_or_misroute_an_answer(backend
     """Every request that was not cancelled gets exactly its own rows."""
     random = np.random.default_rng(7)
     limits = BatchingLimits(max_batch_size=5, max_queue_size=10_000, instances=2)
-    batcher = DynamicBatcher(backend.run, SHAPE, limits, observer)
+    batcher = DynamicBatcher([Runner(backend.run)], SHAPE, limits, observer)
     batcher.start()
     backend.permits.release(10_000)
 

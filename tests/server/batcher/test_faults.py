@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from server.batcher import BatchingLimits, DynamicBatcher
+from server.batcher import BatchingLimits, DynamicBatcher, Runner
 from server.errors import InferenceError, UnavailableError
 from tests.server.batcher.fakes import SHAPE, image, queue
 
@@ -56,7 +56,7 @@ async def test_one_image_without_memory_fails_alone(make, backend):
 async def watched(backend, observer, clock):
     """A batcher whose watchdog looks every few milliseconds, on the test's clock."""
     limits = BatchingLimits(max_batch_size=1, max_queue_size=8, hang_timeout_s=0.02)
-    batcher = DynamicBatcher(backend.run, SHAPE, limits, observer, clock)
+    batcher = DynamicBatcher([Runner(backend.run)], SHAPE, limits, observer, clock)
     batcher.start(observer.health_changed)
     return batcher
 

@@ -49,7 +49,29 @@ def test_an_slo_bounds_the_size_so_that_two_runs_fit():
     assert gaining.best_size(slo_s=0.001) == 1
 
 
+def test_the_slowest_device_is_what_is_predicted_size_by_size():
+    model = LatencyModel({1: 1.0, 4: 4.0}, {1: 2.0, 4: 3.0})
+    assert model.table_s == {1: 2.0, 4: 4.0}
+    assert (model.mean_s(1), model.mean_s(4)) == (2.0, 4.0)
+    assert (model.mean_on_s(0, 1), model.mean_on_s(1, 4)) == (1.0, 3.0)
+    assert model.tail_s(1) == pytest.approx(2.0 * 1.4)
+    assert model.best_size(slo_s=4.0) == 1
+
+
+def test_each_device_is_followed_apart():
+    """A run of the faster one says nothing of what the slower one keeps."""
+    model = LatencyModel({1: 1.0}, {1: 2.0})
+    for _ in range(100):
+        model.observe(1, 1.0, device=0)
+    assert (model.mean_s(1), model.tail_s(1)) == (2.0, pytest.approx(2.8))
+    for _ in range(100):
+        model.observe(1, 3.0, device=0)
+    assert model.mean_s(1) == pytest.approx(3.0, rel=0.01)
+    assert model.mean_on_s(1, 1) == 2.0
+
+
 def test_without_measurements_nothing_is_predicted():
     model = LatencyModel()
     model.observe(1, 2.0)
     assert (model.mean_s(5), model.tail_s(5), model.padded(5)) == (0, 0, 5)
+    assert model.mean_on_s(1, 5) == 0

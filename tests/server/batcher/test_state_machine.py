@@ -9,13 +9,14 @@ depends on how fast they are.
 import asyncio
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel
+from server.batcher import BatchingLimits, DynamicBatcher, LatencyModel, Runner
 from server.errors import (
     DeadlineExceededError,
     DeviceMemoryError,
@@ -29,7 +30,7 @@ from tests.server.batcher.fakes import Clock, Observer
 SHAPE = (1, 1, 3)
 MAX_BATCH = 4
 LIMITS = BatchingLimits(
-    MAX_BATCH, max_queue_size=24, instances=2, max_client_share=0.5, hang_timeout_s=1e9
+    MAX_BATCH, max_queue_size=24, instances=3, max_client_share=0.5, hang_timeout_s=1e9
 )
 FINISH_S = 30
 
@@ -43,8 +44,8 @@ class Run:
     error: Exception | None = None
 
 
-class Device:
-    """Holds every run until the test lets it end, or fail; counts what became of each image."""
+class Devices:
+    """Hold every run until the test lets it end, or fail; count what became of each image."""
 
     def __init__(self) -> None:
         self.waiting: list[Run] = []
@@ -53,7 +54,7 @@ class Device:
         self.seen: set[int] = set()
         self._lock = threading.Lock()
 
-    def run(self, images: Images) -> Outputs:
+    def run(self, device: int, images: Images) -> Outputs:
         assert 0 < len(images) <= MAX_BATCH
         pixels = images.reshape(-1, 3).astype(np.int64)
         numbers = (pixels[:, 0] * 65536 + pixels[:, 1] * 256 + pixels[:, 2]).tolist()
@@ -68,12 +69,12 @@ class Device:
                 raise run.error
             self.served += numbers
         scores = np.array(numbers, np.float32)[:, None]
-        return Outputs(scores, scores)
+        return Outputs(scores, np.full_like(scores, device))
 
-    def end_one(self, error: Exception | None = None) -> None:
-        """Ends the run that waits longest, if one does."""
+    def end_one(self, which: int = 0, error: Exception | None = None) -> None:
+        """Ends one of the runs that wait, if one does; 0 is the one that waits longest."""
         with self._lock:
-            run = self.waiting.pop(0) if self.waiting else None
+            run = self.waiting.pop(which % len(self.waiting)) if self.waiting else None
         if run:
             run.error = error
             run.finished.set()
@@ -97,7 +98,7 @@ class Batchers(RuleBasedStateMachine):
         self.problems: list[dict[str, object]] = []
         self.loop.set_exception_handler(lambda _, context: self.problems.append(context))
         self.clock = Clock()
-        self.device = Device()
+        self.devices = Devices()
         self.asked: list[Asked] = []
         self.drains: list[asyncio.Task[None]] = []
         self.numbers = 0
@@ -139,14 +140,15 @@ class Batchers(RuleBasedStateMachine):
     def time_passes(self, passed_s: float) -> None:
         self.clock.now_s += passed_s
 
-    @rule()
-    def a_run_ends(self) -> None:
-        self.device.end_one()
+    @rule(which=st.integers(0, 2))
+    def a_run_ends(self, which: int) -> None:
+        self.devices.end_one(which)
         self.turn()
 
-    @rule(memory=st.booleans())
-    def a_run_fails(self, memory: bool) -> None:
-        self.device.end_one(DeviceMemoryError("full") if memory else ZeroDivisionError("model"))
+    @rule(which=st.integers(0, 2), memory=st.booleans())
+    def a_run_fails(self, which: int, memory: bool) -> None:
+        error = DeviceMemoryError("full") if memory else ZeroDivisionError("model")
+        self.devices.end_one(which, error)
         self.turn()
 
     @rule()
@@ -154,9 +156,11 @@ class Batchers(RuleBasedStateMachine):
         """A new version takes over; the old one answers what it accepted."""
         if not self.stopped:
             self.stop()
-        latency = LatencyModel({1: 0.4, 4: 0.7})
+        # Two instances on the one device, one on the other, which is slower.
+        latency = LatencyModel({1: 0.4, 4: 0.7}, {1: 0.6, 4: 0.8})
+        runners = [Runner(partial(self.devices.run, device)) for device in range(2)]
         self.batcher = DynamicBatcher(
-            self.device.run, SHAPE, LIMITS, Observer(), self.clock, latency=latency
+            runners, SHAPE, LIMITS, Observer(), self.clock, latency=latency
         )
 
         async def start() -> None:
@@ -182,14 +186,14 @@ class Batchers(RuleBasedStateMachine):
         self.loop.run_until_complete(asyncio.wait_for(self._finish(), FINISH_S))
         for asked in self.asked:
             self._check(asked)
-        assert len(self.device.served) == len(set(self.device.served))
+        assert len(self.devices.served) == len(set(self.devices.served))
         assert not self.problems
         self.loop.close()
 
     async def _finish(self) -> None:
         pending = {*self.drains, *(asked.task for asked in self.asked)}
         while pending:
-            self.device.end_one()
+            self.devices.end_one()
             _, pending = await asyncio.wait(pending, timeout=0.001)
 
     def _check(self, asked: Asked) -> None:
@@ -199,13 +203,13 @@ class Batchers(RuleBasedStateMachine):
         match asked.task.exception():
             case None:
                 assert asked.task.result().outputs.logits[:, 0].tolist() == asked.numbers
-                assert set(asked.numbers) <= set(self.device.served)
+                assert set(asked.numbers) <= set(self.devices.served)
             case DeadlineExceededError():
                 assert asked.has_deadline
             case InferenceError():
-                assert self.device.failed & set(asked.numbers)
+                assert self.devices.failed & set(asked.numbers)
             case OverloadedError():
-                assert not self.device.seen & set(asked.numbers)
+                assert not self.devices.seen & set(asked.numbers)
             case UnavailableError():
                 assert asked.stopped
             case error:
