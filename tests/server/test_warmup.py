@@ -52,6 +52,12 @@ def test_sizes_double_while_larger_batches_are_faster():
     assert model.mean_s(8) == pytest.approx(0.018)
 
 
+def test_a_device_that_prepares_itself_runs_each_size_until_it_has():
+    backend = TimedBackend(lambda size: 0.1, fixed_shapes=True)
+    warm_up(backend, (2, 2, 3), 2, clock=lambda: backend.now_s)
+    assert [backend.sizes.count(size) for size in (1, 2)] == [4, 4]
+
+
 def test_sizes_stop_growing_where_that_brings_nothing():
     backend = TimedBackend(lambda size: 0.010 * size)
     model = warm_up([backend], 1, (2, 2, 3), 256, clock=TIME)

@@ -43,6 +43,16 @@ def test_the_smallest_size_that_is_nearly_best_is_chosen():
     assert gaining.best_size() == 64
 
 
+def test_a_size_that_wastes_device_time_is_not_chosen_for_its_short_wait():
+    slow = LatencyModel({1: 0.0158, 2: 0.0303, 4: 0.0580, 8: 0.1160})
+    assert slow.best_size() == 4
+
+
+def test_short_batches_grow_until_their_hand_over_costs_little():
+    fast = LatencyModel({1: 0.00024, 2: 0.00045, 4: 0.00091, 8: 0.00178, 16: 0.00366})
+    assert fast.best_size() == 8
+
+
 def test_an_slo_bounds_the_size_so_that_two_runs_fit():
     gaining = LatencyModel({1: 0.010, 8: 0.011, 64: 0.020})
     assert gaining.best_size(slo_s=0.030) == 8
