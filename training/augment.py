@@ -61,7 +61,7 @@ def alternating(coins: Tensor, epoch: int) -> Tensor:
 
 
 def move(images: Tensor, draws: Draws) -> Tensor:
-    """Mirrors and shifts pixels `[N, H, W, C]`, reflecting the border, in one look-up."""
+    """Mirrors and shifts pixels `[N, H, W, C]`, reflecting the border: whole rows, then columns."""
     if draws.mirrored is None and draws.offsets is None:
         return images
     count, height, width, channels = images.shape
@@ -76,9 +76,13 @@ def move(images: Tensor, draws: Draws) -> Tensor:
         mirrored = draws.mirrored.to(device)[:, None]
         columns = torch.where(mirrored, width - 1 - columns, columns)
     first = torch.arange(count, device=device)[:, None] * height
-    source = (first + rows)[:, :, None] * width + columns[:, None, :]
-    # index_select copies whole pixels, in less than half the time that indexing takes.
-    return images.reshape(-1, channels).index_select(0, source.view(-1)).view(images.shape)
+    shifted = images.reshape(count * height, width * channels).index_select(
+        0, (first + rows).flatten()
+    )
+    # An image's columns are the same in all its rows, so their indices stay few.
+    source = columns[:, :, None] * channels + torch.arange(channels, device=device)
+    source = source.view(count, 1, -1).expand(count, height, -1)
+    return shifted.view(count, height, -1).gather(2, source).view(images.shape)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
