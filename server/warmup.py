@@ -107,8 +107,7 @@ class _Rounds:
 
         Preparations and whatever else the machine does can only lengthen one.
         """
-        prepares = any(backend.fixed_shapes for backend in self._backends)
-        least_runs = _LEAST_RUNS + (_PREPARING_RUNS if prepares else 0)
+        least_runs = _LEAST_RUNS + (_PREPARING_RUNS if self._backends[0].fixed_shapes else 0)
         rounds_s: list[list[float]] = []
         spent_s = 0.0
         while len(rounds_s) < least_runs or (spent_s < _TIMED_S and len(rounds_s) < _MOST_RUNS):

@@ -12,10 +12,10 @@ _MAX_RATIO = 2.0
 _DEVIATIONS = 4.0
 # Before a run in service showed the spread.
 _FIRST_DEVIATION = 0.1
-# Of sizes that take so little longer an image than the best, the smallest answers soonest. Device
-# time is lost for good; while a batch is handed over, another instance may use the device.
+# Of sizes that are this close to the best, the smallest answers soonest. Device time is lost for
+# good; while a batch is handed over, another instance may use the device.
 _NEARLY_BEST_RUN = 1.03
-_NEARLY_BEST = 1.1
+_NEARLY_BEST_PACE = 0.9
 # What a batch costs besides its run: two thread switches and a wake-up of the event loop.
 HANDOVER_S = 0.0002
 
@@ -96,25 +96,27 @@ class LatencyModel:
         """Returns a time that nearly no run of such a batch exceeds."""
         return self._at(size, self._tails_s)
 
+    def pace(self, size: int) -> float:
+        """Returns images a second in batches of a size, hand-over included."""
+        return size / (self.mean_s(size) + HANDOVER_S)
+
     def best_size(self, slo_s: float = float("inf")) -> int:
         """Returns the measured size to fill batches up to.
 
-        It is the smallest whose pace is nearly the best, on the device and with the hand-over
-        counted. Under an SLO a request that just missed a batch waits for it and then for its own,
-        so two runs must fit (H. Shen et al., "Nexus", SOSP 2019, section 3.3).
+        It is the smallest that is nearly the best, on the device and with the hand-over counted.
+        Under an SLO a request that just missed a batch waits for it and then for its own, so two
+        runs must fit (H. Shen et al., "Nexus", SOSP 2019, section 3.3).
         """
         allowed = [size for size in self._sizes if 2 * self.mean_s(size) <= slo_s] or [1]
-        alone, handed_over = (
-            {size: (self.mean_s(size) + extra_s) / size for size in allowed}  # s an image
-            for extra_s in (0.0, HANDOVER_S)
-        )
-        good = (
+        best_run_s = min(self.mean_s(size) / size for size in allowed)  # of an image
+        best_pace = max(map(self.pace, allowed))
+        nearly_best = (
             size
             for size in allowed
-            if alone[size] <= _NEARLY_BEST_RUN * min(alone.values())
-            and handed_over[size] <= _NEARLY_BEST * min(handed_over.values())
+            if self.mean_s(size) / size <= _NEARLY_BEST_RUN * best_run_s
+            and self.pace(size) >= _NEARLY_BEST_PACE * best_pace
         )
-        return next(good, min(allowed, key=handed_over.__getitem__))
+        return next(nearly_best, max(allowed, key=self.pace))
 
     def observe(self, size: int, actual_s: float, device: int = 0) -> None:
         """Learns from a run on one of the devices; its size includes the padding."""
