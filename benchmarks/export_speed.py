@@ -1,6 +1,6 @@
 """Times the artefacts of a net beside what else could run it, in alternating rounds.
 
-    python -m benchmarks.export_speed [--threads 2] [--rounds 7] [NET …]
+    python -m benchmarks.export_speed [--threads 2] [--rounds 7] [--without-torch] [NET …]
 
 Every candidate maps the same uint8 images to logits and probabilities, on as many threads. Weights
 are random, which no runtime's speed depends on. Each round times every candidate once, after a call
@@ -48,50 +48,71 @@ def main() -> None:
     parser.add_argument("nets", nargs="*", default=list(IMAGE_SIZES_PX))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--without-torch", action="store_true", help="only ONNX Runtime and OpenVINO"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{arguments.threads} threads, {arguments.rounds} rounds")
     print("milliseconds of a call; times as fast as onnx in the same round: median (least to most)")
     for name in arguments.nets:
         with tempfile.TemporaryDirectory() as folder:
-            for batch_size, calls in candidates(name, Path(folder), arguments.threads):
+            for batch_size, calls in candidates(name, Path(folder), arguments):
                 show(f"{name} batch {batch_size}", measure(calls, arguments.rounds))
 
 
-def candidates(name: str, folder: Path, threads: int) -> Iterator[tuple[int, dict[str, Call]]]:
+def candidates(
+    name: str, folder: Path, arguments: argparse.Namespace
+) -> Iterator[tuple[int, dict[str, Call]]]:
     """Yields for each batch size a call of every candidate, compiled and warm."""
+    threads = arguments.threads
     servable, images = write_artefacts(name, folder, max(BATCH_SIZES))
+    by_torch = None if arguments.without_torch else torch_candidates(servable, images, folder)
+    served = serve_openvino(folder / "model.onnx", threads)
+    sessions = {
+        "onnx": session(folder / "model.onnx", threads),
+        "onnx int8": session(folder / "model.int8.onnx", threads),
+    }
+    for batch_size in BATCH_SIZES:
+        batch = images[:batch_size]
+        run_openvino = compile_openvino(folder / "model.onnx", batch, threads)
+        calls: dict[str, Call] = {
+            label: lambda s=found, b=batch: s.run(None, {"image": b})
+            for label, found in sessions.items()
+        }
+        if by_torch:
+            calls |= by_torch(batch)
+        calls |= {
+            "openvino": lambda r=run_openvino, b=batch: r([b]),
+            "openvino served": lambda s=served, b=batch: s.run(b),
+        }
+        yield batch_size, calls
+
+
+def torch_candidates(
+    servable: Servable, images: np.ndarray, folder: Path
+) -> Callable[[np.ndarray], dict[str, Call]]:
+    """Returns what gives the calls of a batch by everything of torch's."""
     example = torch.from_numpy(images[:2])
     torchscript.write(servable, example, folder / "model.torchscript", {}, script=False)
     aot_inductor.write(servable, example, folder / "model.aoti.pt2", {})
     native = aot_inductor.load(folder / "model.aoti.pt2")
     frozen = torchscript.load(folder / "model.torchscript")
-    sessions = {
-        "onnx": session(folder / "model.onnx", threads),
-        "onnx int8": session(folder / "model.int8.onnx", threads),
-    }
     channels_last = copy.deepcopy(servable).to(memory_format=torch.channels_last)
     torch._dynamo.reset()
     compiled = torch.compile(servable, dynamic=False)
-    for batch_size in BATCH_SIZES:
-        batch = images[:batch_size]
+
+    def calls(batch: np.ndarray) -> dict[str, Call]:
         tensor = torch.from_numpy(batch)
-        run_openvino = compile_openvino(folder / "model.onnx", batch, threads)
-        served = serve_openvino(folder / "model.onnx", threads)
-        calls: dict[str, Call] = {
-            label: lambda s=found, b=batch: s.run(None, {"image": b})
-            for label, found in sessions.items()
+        return {
+            "eager": lambda: without_gradients(servable, tensor),
+            "channels last": lambda: without_gradients(channels_last, tensor),
+            "torchscript": lambda: frozen(batch),
+            "aot-inductor": lambda: native(batch),
+            "torch.compile": lambda: without_gradients(compiled, tensor),
         }
-        calls |= {
-            "eager": lambda t=tensor: without_gradients(servable, t),
-            "channels last": lambda t=tensor: without_gradients(channels_last, t),
-            "torchscript": lambda b=batch: frozen(b),
-            "aot-inductor": lambda b=batch: native(b),
-            "torch.compile": lambda t=tensor: without_gradients(compiled, t),
-            "openvino": lambda r=run_openvino, b=batch: r([b]),
-            "openvino served": lambda s=served, b=batch: s.run(b),
-        }
-        yield batch_size, calls
+
+    return calls
 
 
 def write_artefacts(name: str, folder: Path, count: int) -> tuple[Servable, np.ndarray]:

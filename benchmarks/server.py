@@ -3,6 +3,7 @@
     make bench                                      # makes the model first
     python -m benchmarks.server MODELS small --rounds 5
     python -m benchmarks.server MODELS small --external triton=127.0.0.1:9001
+    python -m benchmarks.server MODELS small --also "openvino=--device cpu --backend openvino"
 
 Each candidate runs in a process of its own, the load generator (`convoy-client bench`) in another.
 Candidates take turns: a round measures every one of them once, so a machine that slows down slows
@@ -38,13 +39,13 @@ Run = dict[str, Any]
 
 def candidates(arguments: argparse.Namespace) -> list[Candidate]:
     model = arguments.models / arguments.model / "1" / "model.onnx"
-    convoy = ["server", "--repository", str(arguments.models)]
-    convoy += ["--port", "0", "--http-port", "0", "--log-format", "json"]
-    convoy += arguments.flags.split()
-    slo = ["--slo-ms", f"{arguments.slo_ms:g}"]
-    found = [
-        Candidate("convoy", tuple(convoy), (*convoy, *slo)),
-    ]
+    found = []
+    for named_flags in (f"convoy={arguments.flags}", *arguments.also):
+        name, _, flags = named_flags.partition("=")
+        command = ["server", "--repository", str(arguments.models), *flags.split()]
+        command += ["--port", "0", "--http-port", "0", "--log-format", "json"]
+        slo = ["--slo-ms", f"{arguments.slo_ms:g}"]
+        found.append(Candidate(name, tuple(command), (*command, *slo)))
     if not arguments.only_convoy:
         found.append(Candidate("naive grpc.aio", ("benchmarks.naive_server", str(model))))
     for external in arguments.external:
@@ -158,6 +159,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tries", type=int, default=3, help="until one is calm")
     parser.add_argument("--slo-ms", type=float, default=50)
     parser.add_argument("--flags", default="--device cpu", help="further flags of convoy-server")
+    parser.add_argument(
+        "--also", action="append", default=[], help="NAME=FLAGS: convoy-server with other flags"
+    )
     parser.add_argument("--external", action="append", default=[], help="NAME=ADDRESS")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     return parser.parse_args()

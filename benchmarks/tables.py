@@ -17,7 +17,8 @@ def raw_table(alone: dict[str, dict[str, float]]) -> str:
 
 
 def closed_table(found: Rounds, images: int, raw_per_s: float) -> str:
-    loads = list(next(iter(found.values())))
+    first = next(iter(found))
+    loads = list(found[first])
     rows = []
     for name, runs in found.items():
         last = runs[loads[-1]]
@@ -29,11 +30,12 @@ def closed_table(found: Rounds, images: int, raw_per_s: float) -> str:
         ready = f"{_median(run['ready_s'] for run in last):.2f}"
         shares = sorted(_of_raw(run, images, raw_per_s) for run in last)
         share = f"{statistics.median(shares):.2f} [{shares[0]:.2f}-{shares[-1]:.2f}]"
-        cells = (_closed(runs[load]) for load in loads)
+        cells = (_closed(runs[load], found[first][load]) for load in loads)
         rows.append([name, *cells, share, f"{cpu_ms:.2f}", memory, ready])
     head = [f"{load} under way" for load in loads]
     title = (
-        "Closed loop: requests/s, median [least-greatest] (p50 / p99 ms)"
+        "Closed loop: requests/s, median [least-greatest], times the first server's in the same "
+        "round (p50 / p99 ms)"
         f"; {images} image(s) a request; the other columns at {loads[-1]} under way"
     )
     columns = ["server", *head, "of raw", "server CPU ms/image", "RSS MiB", "ready s"]
@@ -78,9 +80,14 @@ def plot_goodput(found: Rounds, path: Path) -> None:
     plt.close(figure)
 
 
-def _closed(runs: list[dict[str, Any]]) -> str:
+def _closed(runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
     p50, p99 = (1000 * _median(run["latency_s"][key] for run in runs) for key in ("p50", "p99"))
-    return f"{spread(run['throughput_per_s'] for run in runs)} ({p50:.1f} / {p99:.1f})"
+    ratios = sorted(
+        run["throughput_per_s"] / base["throughput_per_s"]
+        for run, base in zip(runs, first, strict=True)
+    )
+    times = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}-{ratios[-1]:.2f}]"
+    return f"{spread(run['throughput_per_s'] for run in runs)}, {times} ({p50:.1f} / {p99:.1f})"
 
 
 def _open(runs: list[dict[str, Any]]) -> str:
