@@ -3,12 +3,14 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from server.backends import Backend, load_backend
+from server.backends.buffers import batch_buffer
 from server.backends.devices import Device
 from server.backends.runtimes import Runtime
 from server.batch_metrics import BatchFamilies
@@ -104,7 +106,7 @@ class ModelLoader:
         for backend in backends:
             _check_graph(backend, manifest)
         warming_s = time.monotonic()
-        latency = _warm_up(backends, manifest, options.limits)
+        latency = self._warm_up(backends, manifest)
         limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
         warmup_s = time.monotonic() - warming_s
         for backend in backends:
@@ -112,7 +114,10 @@ class ModelLoader:
         observer = self._batches.observer(manifest, limits)
         statistics = ModelStatistics()
         batcher = DynamicBatcher(
-            [Runner(backend.run) for backend in backends],
+            [
+                Runner(backend.run, partial(batch_buffer, device))
+                for backend, device in zip(backends, options.devices, strict=True)
+            ],
             manifest.sample_shape,
             limits,
             BatchObservers(observer, statistics),
@@ -133,6 +138,22 @@ class ModelLoader:
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
         return LoadedModel(manifest, options.runtime, runs_on, batcher, requests, statistics.read)
+
+    def _warm_up(self, backends: Sequence[Backend], manifest: Manifest) -> LatencyModel:
+        options = self._options
+        try:
+            return warm_up(
+                backends,
+                options.limits.instances,
+                manifest.sample_shape,
+                options.limits.max_batch_size,
+                allocate=partial(batch_buffer, options.devices[0]),
+            )
+        except Exception as error:  # the runtimes have no common exception type
+            raise RepositoryError(
+                f"model {manifest.name!r} version {manifest.version}: it cannot run a batch of "
+                "zeros"
+            ) from error
 
     def _read(self, folder: Path) -> tuple[Manifest, Artefact, VerifiedFile, GoldenSamples]:
         manifest_bytes = read_manifest_bytes(folder)
@@ -167,14 +188,3 @@ def _listed(tensors: Iterable[TensorSpec]) -> str:
 def _runs_on(backends: Sequence[Backend], artefact: Artefact) -> RunsOn:
     devices = ",".join(backend.device for backend in backends)
     return RunsOn(backends[0].platform, devices, backends[0].provider, artefact.precision)
-
-
-def _warm_up(
-    backends: Sequence[Backend], manifest: Manifest, limits: BatchingLimits
-) -> LatencyModel:
-    try:
-        return warm_up(backends, limits.instances, manifest.sample_shape, limits.max_batch_size)
-    except Exception as error:  # the runtimes have no common exception type
-        raise RepositoryError(
-            f"model {manifest.name!r} version {manifest.version}: it cannot run a batch of zeros"
-        ) from error

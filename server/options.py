@@ -52,6 +52,13 @@ def _largest_sample_bytes(folder: ModelFolder) -> int:
     return largest
 
 
+def _automatic_instances(settings: ServerSettings, device: Device, cpus: int) -> int:
+    if device.kind == "cpu":
+        return min(2, cpus)
+    # Of two the one's transfers overlap the other's work; a session with graphs runs one at a time.
+    return 1 if settings.cuda_graphs else 2
+
+
 def load_options(settings: ServerSettings, devices: tuple[Device, ...]) -> LoadOptions:
     """Returns how versions are loaded and batched.
 
@@ -59,8 +66,9 @@ def load_options(settings: ServerSettings, devices: tuple[Device, ...]) -> LoadO
         StartupError: The key for signatures cannot be read.
     """
     cpus = usable_cpus()
-    automatic = 1 if devices[0].kind == "cuda" else min(2, cpus)
-    instances = (settings.instances or automatic) * len(devices)
+    instances = (settings.instances or _automatic_instances(settings, devices[0], cpus)) * len(
+        devices
+    )
     limits = BatchingLimits(
         max_batch_size=settings.max_batch_size or _MAX_BATCH_SIZE,
         max_queue_size=settings.max_queue_size,

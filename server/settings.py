@@ -206,8 +206,8 @@ class ServerSettings(BaseSettings):
     instances: int = Field(
         0,
         ge=0,
-        description="Threads that run batches of one model side by side on each device. 0: one on "
-        "CUDA, one for each processor, at most two, on a CPU.",
+        description="Threads that run batches of one model side by side on each device. 0: two on "
+        "CUDA (one with --cuda-graphs), one for each processor, at most two, on a CPU.",
     )
     max_image_pixels: int = Field(
         50_000_000,

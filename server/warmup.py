@@ -6,10 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-
 from server.backends import Backend
-from server.batcher import LatencyModel
+from server.batcher import Allocate, LatencyModel
 from server.batcher.latency import HANDOVER_S
 from server.requests import Images
 
@@ -32,6 +30,8 @@ def warm_up(
     sample_shape: tuple[int, int, int],
     max_batch_size: int,
     clock: Clock = time.perf_counter,
+    *,
+    allocate: Allocate,
 ) -> LatencyModel:
     """Runs batches of 1, 2, 4 … images while larger ones are faster an image.
 
@@ -44,6 +44,7 @@ def warm_up(
         sample_shape: `(H, W, 3)`.
         max_batch_size: The largest batch to try.
         clock: Seconds.
+        allocate: Makes batch buffers, like those of the instances.
 
     Returns:
         What was measured on each device. Every size in it was run there, so no request pays for a
@@ -57,7 +58,9 @@ def warm_up(
         rounds = _Rounds(backends, instances, threads, clock)
         while fruitless < _FRUITLESS:
             size = min(size, max_batch_size)
-            times_s = rounds.fastest_s(np.zeros((size, *sample_shape), np.uint8))
+            images = allocate((size, *sample_shape))
+            images.fill(0)
+            times_s = rounds.fastest_s(images)
             for table_s, time_s in zip(measured_s, times_s, strict=True):
                 table_s[size] = time_s
             pace = size / (max(times_s) + HANDOVER_S)

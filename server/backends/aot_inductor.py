@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from server.backends.devices import Device
-from server.backends.torch_run import run_module
+from server.backends.torch_run import ModuleRunner
 from server.errors import DeviceError, RepositoryError
 from server.manifest import TensorSpec
 from server.repository import VerifiedFile
@@ -37,15 +37,16 @@ class AotInductorBackend:
             path.write_bytes(file.content)
             _check_processor(path)
             try:
-                self._module = torch._inductor.aoti_load_package(str(path))
+                module = torch._inductor.aoti_load_package(str(path))
             except RuntimeError as error:
                 raise RepositoryError(f"{file.name}: torch cannot load it") from error
+        self._runner = ModuleRunner(module, torch.device("cpu"))
         self.device = str(device)
         self.provider = "aot-inductor-cpu"
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`."""
-        return run_module(self._module, images, torch.device("cpu"))
+        return self._runner.run(images)
 
 
 def _check_processor(path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.export.passes import move_to_device_pass
 
 from server.backends.devices import Device
-from server.backends.torch_run import run_module
+from server.backends.torch_run import ModuleRunner
 from server.errors import DeviceError, RepositoryError
 from server.manifest import TensorSpec
 from server.repository import VerifiedFile
@@ -36,11 +36,12 @@ class ExportedProgramBackend:
         except Exception as error:
             raise RepositoryError(f"{file.name}: torch cannot load it") from error
         # The graph names the device that it was exported on.
-        self._module = move_to_device_pass(program, self._device).module()
+        module = move_to_device_pass(program, self._device).module()
+        self._runner = ModuleRunner(module, self._device)
         self.device = str(device)
         self.fixed_shapes = device.kind == "cuda"
         self.provider = f"torch-{self._device.type}"
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`."""
-        return run_module(self._module, images, self._device)
+        return self._runner.run(images)

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from server.backends.devices import Device
-from server.backends.torch_run import run_module
+from server.backends.torch_run import ModuleRunner
 from server.errors import DeviceError, RepositoryError
 from server.manifest import TensorSpec
 from server.repository import VerifiedFile
@@ -36,10 +36,11 @@ class TorchScriptBackend:
         except RuntimeError as error:
             raise RepositoryError(f"{file.name}: torch cannot load it") from error
         self._module = module.eval()
+        self._runner = ModuleRunner(self._module, self._device)
         self.device = str(device)
         self.fixed_shapes = device.kind == "cuda"
         self.provider = f"torch-{self._device.type}"
 
     def run(self, images: Images) -> Outputs:
         """Runs a batch `[N, H, W, 3]`."""
-        return run_module(self._module, images, self._device)
+        return self._runner.run(images)

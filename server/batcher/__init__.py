@@ -8,12 +8,13 @@ and observer.py is what the rest of the server gets to know of it.
 """
 
 from server.batcher.batcher import Clock, DynamicBatcher
-from server.batcher.instance import Runner
+from server.batcher.instance import Allocate, Runner
 from server.batcher.latency import LatencyModel
 from server.batcher.limits import BatcherSnapshot, BatchingLimits
 from server.batcher.observer import BatchObserver, BatchReport
 
 __all__ = [
+    "Allocate",
     "BatchObserver",
     "BatchReport",
     "BatcherSnapshot",

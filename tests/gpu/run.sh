@@ -45,7 +45,7 @@ print("torch", torch.__version__, "torchvision", torchvision.__version__, "CUDA"
 print("onnxruntime", onnxruntime.__version__, onnxruntime.get_available_providers())'
 
 # 1. The right device and the right answers.
-step tests "$python" -m pytest -q -rs tests/gpu/test_serving.py
+step tests "$python" -m pytest -q -rs tests/gpu/test_serving.py tests/gpu/test_overlap.py
 
 # 2. Serving small images: what the device, the copies and the host take; then closed and open loops.
 step train "$python" -m training --data digits --device "$device" --epochs "$epochs" --out "$out/run"
@@ -54,6 +54,8 @@ step device-time "$python" -m benchmarks.device_time "$out/models/digits/1" --de
 step device-time-graphs "$python" -m benchmarks.device_time "$out/models/digits/1" --device "$device" \
   --batches "$sizes" --cuda-graphs
 step closed bench "$out/models" "" --payload raw --concurrency "$closed" --plot "$out/closed.png"
+step closed-one-instance bench "$out/models" "--instances 1" --payload raw --concurrency "$closed" \
+  --plot "$out/closed-one-instance.png"
 step closed-graphs bench "$out/models" --cuda-graphs --payload raw --concurrency "$closed" \
   --plot "$out/closed-graphs.png"
 for n in $fronts; do # several connections: the kernel spreads these, not calls

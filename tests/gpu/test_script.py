@@ -15,6 +15,7 @@ STEPS = {
     "device-time": "txt",
     "device-time-graphs": "txt",
     "closed": "png",
+    "closed-one-instance": "png",
     "closed-graphs": "png",
     "closed-front-ends-2": "png",
     "open": "png",

@@ -62,6 +62,15 @@ def test_instances_are_those_of_each_device(monkeypatch, flags, instances):
     assert loading.threads == 12 // instances
 
 
+@pytest.mark.parametrize(
+    ("flags", "instances"), [([], 2), (["--cuda-graphs"], 1), (["--instances", "3"], 3)]
+)
+def test_on_a_gpu_one_batchs_transfer_can_overlap_anothers_work(flags, instances):
+    settings = parse_settings(["--repository", "x", *flags])
+    gpus = (Device("cuda", 0), Device("cuda", 1))
+    assert options.load_options(settings, gpus).limits.instances == instances * len(gpus)
+
+
 @pytest.mark.parametrize("content", ["colour = 'red'", "port = ", "port = 'http'"])
 def test_a_mistake_in_the_file_is_one_line(monkeypatch, tmp_path, content):
     config = tmp_path / "convoy.toml"

@@ -44,9 +44,14 @@ class Time(threading.local):
 TIME = Time()
 
 
+def allocate(shape: tuple[int, ...]) -> Images:
+    """As memory may be that was used before."""
+    return np.full(shape, 255, np.uint8)
+
+
 def test_sizes_double_while_larger_batches_are_faster():
     backend = TimedBackend(lambda size: 0.010 + 0.001 * size)
-    model = warm_up([backend], 1, (2, 2, 3), 64, clock=TIME)
+    model = warm_up([backend], 1, (2, 2, 3), 64, clock=TIME, allocate=allocate)
     assert list(model.table_s) == [1, 2, 4, 8, 16, 32, 64]
     # The first run of each size is not what is measured.
     assert model.mean_s(8) == pytest.approx(0.018)
@@ -60,14 +65,14 @@ def test_a_device_that_prepares_itself_runs_each_size_until_it_has():
 
 def test_sizes_stop_growing_where_that_brings_nothing():
     backend = TimedBackend(lambda size: 0.010 * size)
-    model = warm_up([backend], 1, (2, 2, 3), 256, clock=TIME)
+    model = warm_up([backend], 1, (2, 2, 3), 256, clock=TIME, allocate=allocate)
     assert list(model.table_s) == [1, 2, 4]
     assert model.best_size() == 1
 
 
 def test_an_upper_bound_that_is_no_power_of_two_is_measured_itself():
     backend = TimedBackend(lambda size: 0.010, fixed_shapes=True)
-    model = warm_up([backend], 1, (2, 2, 3), 6, clock=TIME)
+    model = warm_up([backend], 1, (2, 2, 3), 6, clock=TIME, allocate=allocate)
     assert list(model.table_s) == [1, 2, 4, 6]
     assert model.padded(5) == 6
 
@@ -75,7 +80,7 @@ def test_an_upper_bound_that_is_no_power_of_two_is_measured_itself():
 def test_what_is_predicted_is_what_the_slower_device_takes():
     fast = TimedBackend(lambda size: 0.010 + 0.001 * size)
     slow = TimedBackend(lambda size: 0.030 + 0.001 * size)
-    model = warm_up([fast, slow], 2, (2, 2, 3), 64, clock=TIME)
+    model = warm_up([fast, slow], 2, (2, 2, 3), 64, clock=TIME, allocate=allocate)
     assert set(fast.sizes) == set(slow.sizes) == {1, 2, 4, 8, 16, 32, 64}
     assert model.mean_s(8) == pytest.approx(0.038)
     assert model.mean_on_s(0, 8) == pytest.approx(0.018)
@@ -95,7 +100,7 @@ class SharedBackend(TimedBackend):
 
 def test_every_instance_runs_while_a_batch_is_measured():
     backends = [SharedBackend(instances=2), SharedBackend(instances=2)]
-    model = warm_up(backends, 4, (2, 2, 3), 4, clock=TIME)
+    model = warm_up(backends, 4, (2, 2, 3), 4, clock=TIME, allocate=allocate)
     assert model.mean_s(1) == pytest.approx(0.020)
 
 
@@ -105,7 +110,14 @@ def test_a_device_that_cannot_run_ends_the_warm_up():
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        warm_up([TimedBackend(float), BrokenBackend(float)], 4, (2, 2, 3), 4, clock=TIME)
+        warm_up(
+            [TimedBackend(float), BrokenBackend(float)],
+            4,
+            (2, 2, 3),
+            4,
+            clock=TIME,
+            allocate=allocate,
+        )
 
 
 def test_settled_memory_is_out_of_the_collectors_sight():
