@@ -141,10 +141,12 @@ class ModelLoader:
 
     def _warm_up(self, backends: Sequence[Backend], manifest: Manifest) -> LatencyModel:
         options = self._options
+        # The instances of a GPU share it; on a CPU each has processors of its own.
+        shared = options.devices[0].kind == "cuda"
         try:
             return warm_up(
                 backends,
-                options.limits.instances,
+                options.limits.instances if shared else len(backends),
                 manifest.sample_shape,
                 options.limits.max_batch_size,
                 allocate=partial(batch_buffer, options.devices[0]),

@@ -26,7 +26,7 @@ _GAIN = 1.03
 
 def warm_up(
     backends: Sequence[Backend],
-    instances: int,
+    at_once: int,
     sample_shape: tuple[int, int, int],
     max_batch_size: int,
     clock: Clock = time.perf_counter,
@@ -35,12 +35,10 @@ def warm_up(
 ) -> LatencyModel:
     """Runs batches of 1, 2, 4 … images while larger ones are faster an image.
 
-    All instances run at once, as they do under load: those of one device share it, and all share
-    the processors. What one alone takes would promise too much.
-
     Args:
         backends: The loaded model, on each of its devices.
-        instances: Threads that will run batches, spread over the devices.
+        at_once: Batches to run at the same time, spread over the devices: as many as share them
+            under load, since what one alone takes would promise too much.
         sample_shape: `(H, W, 3)`.
         max_batch_size: The largest batch to try.
         clock: Seconds.
@@ -54,8 +52,8 @@ def warm_up(
     best_pace = 0.0
     fruitless = 0
     size = 1
-    with ThreadPoolExecutor(instances, thread_name_prefix="warm-up") as threads:
-        rounds = _Rounds(backends, instances, threads, clock)
+    with ThreadPoolExecutor(at_once, thread_name_prefix="warm-up") as threads:
+        rounds = _Rounds(backends, at_once, threads, clock)
         while fruitless < _FRUITLESS:
             size = min(size, max_batch_size)
             images = allocate((size, *sample_shape))
@@ -83,27 +81,27 @@ def settle_memory() -> None:
 
 
 class _Rounds:
-    """Runs a batch on every instance at once.
+    """Runs a batch several times at once.
 
     Args:
         backends: The model on each of its devices.
-        instances: How many there are on all of them.
-        threads: One for each instance.
+        at_once: How often, on all of them.
+        threads: As many.
         clock: Seconds.
     """
 
     def __init__(
         self,
         backends: Sequence[Backend],
-        instances: int,
+        at_once: int,
         threads: ThreadPoolExecutor,
         clock: Clock,
     ) -> None:
         self._backends = backends
-        self._instances = instances
+        self._at_once = at_once
         self._threads = threads
         self._clock = clock
-        self._all_there = threading.Barrier(instances)
+        self._all_there = threading.Barrier(at_once)
 
     def fastest_s(self, images: Images) -> list[float]:
         """Returns for each device the fastest of some rounds.
@@ -119,7 +117,7 @@ class _Rounds:
         return [min(times_s) for times_s in zip(*rounds_s, strict=True)]
 
     def _run(self, images: Images) -> list[float]:
-        """Returns for each device what the slowest of its instances took."""
+        """Returns for each device what the slowest of its runs took."""
 
         def take_s(number: int) -> float:
             backend = self._backends[number % len(self._backends)]
@@ -128,7 +126,7 @@ class _Rounds:
             backend.run(images)
             return self._clock() - started_s
 
-        times_s = list(self._threads.map(take_s, range(self._instances)))
+        times_s = list(self._threads.map(take_s, range(self._at_once)))
         return [
             max(times_s[device :: len(self._backends)]) for device in range(len(self._backends))
         ]

@@ -2,6 +2,7 @@ import asyncio
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,38 @@ async def test_two_devices_share_one_queue_and_answer_alike(load_on_two):
     outputs = await outputs_of(model, images)
     np.testing.assert_allclose(outputs.logits, mean_colour_logits(images), atol=1e-6)
     assert sum(backend.images for backend in backends) == sum(before) + 128
+
+
+class Attended(Wrapped):
+    """A backend that knows which threads warmed it up."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend)
+        self.threads: set[int] = set()
+
+    def run(self, images: Images) -> Outputs:
+        if not images.any():
+            self.threads.add(threading.get_ident())
+        return super().run(images)
+
+
+@pytest.mark.parametrize(("kind", "at_once"), [("cpu", 1), ("cuda", 2)])
+def test_instances_are_warmed_up_together_where_they_share_the_device(
+    publish, monkeypatch, kind, at_once
+):
+    """The device is the CPU in truth, whatever the options say."""
+    backends: list[Attended] = []
+
+    def load_on_cpu(runtime, file, device, *arguments, **named) -> Attended:
+        backend = load_backend(runtime, file, Device("cpu"), *arguments, **named)
+        backends.append(Attended(backend))
+        return backends[-1]
+
+    monkeypatch.setattr(loading, "load_backend", load_on_cpu)
+    limits = BatchingLimits(max_batch_size=2, max_queue_size=4, instances=2)
+    options = LoadOptions(Runtime.ONNX_RUNTIME, (Device(kind),), 1, limits)
+    ModelLoader(options, ServerMetrics(CollectorRegistry())).load(publish())
+    assert [len(backend.threads) for backend in backends] == [at_once]
 
 
 @pytest.mark.parametrize("bad", [0, 1])

@@ -59,7 +59,7 @@ def test_sizes_double_while_larger_batches_are_faster():
 
 def test_a_device_that_prepares_itself_runs_each_size_until_it_has():
     backend = TimedBackend(lambda size: 0.1, fixed_shapes=True)
-    warm_up([backend], 1, (2, 2, 3), 2, clock=TIME)
+    warm_up([backend], 1, (2, 2, 3), 2, clock=TIME, allocate=allocate)
     assert [backend.sizes.count(size) for size in (1, 2)] == [4, 4]
 
 
