@@ -3,15 +3,18 @@
 Without a driver, or without the library's Python package, there are no such metrics and no error.
 """
 
+import contextlib
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from server.backends.devices import cuda_uuids
+
 
 class DeviceCollector(Collector):
-    """Asks the devices whenever metrics are scraped.
+    """Asks the devices that CUDA offers to this process, by its numbers, on every scrape.
 
     Raises:
         ImportError: The package nvidia-ml-py is not installed.
@@ -23,10 +26,10 @@ class DeviceCollector(Collector):
 
         pynvml.nvmlInit()
         self._nvml = pynvml
-        self._devices = {
-            f"cuda:{index}": pynvml.nvmlDeviceGetHandleByIndex(index)
-            for index in range(pynvml.nvmlDeviceGetCount())
-        }
+        self._handles = {}
+        for index, uuid in enumerate(cuda_uuids()):
+            with contextlib.suppress(pynvml.NVMLError):
+                self._handles[f"cuda:{index}"] = pynvml.nvmlDeviceGetHandleByUUID(uuid)
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Reads every device; one that does not answer is left out."""
@@ -40,7 +43,7 @@ class DeviceCollector(Collector):
             "Share of the last sample period in which a kernel ran.",
             labels=["device"],
         )
-        for name, handle in self._devices.items():
+        for name, handle in self._handles.items():
             try:
                 used = self._nvml.nvmlDeviceGetMemoryInfo(handle).used
                 busy = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu

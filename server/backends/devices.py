@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +66,22 @@ def count_cuda_devices() -> int:
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
         return 0
     return count.value
+
+
+def cuda_uuids() -> list[str]:
+    """Asks the CUDA driver what its devices are called everywhere, such as GPU-8d3f…, in its order.
+
+    CUDA numbers what CUDA_VISIBLE_DEVICES leaves of them, mostly the fastest first; the management
+    library numbers all of them by their place on the bus.
+    """
+    uuids = []
+    for index in range(count_cuda_devices()):
+        driver = ctypes.CDLL("libcuda.so.1")
+        handle, content = ctypes.c_int(), ctypes.create_string_buffer(16)
+        driver.cuDeviceGet(ctypes.byref(handle), index)
+        driver.cuDeviceGetUuid(content, handle)
+        uuids.append(f"GPU-{uuid.UUID(bytes=content.raw)}")
+    return uuids
 
 
 def usable_cpus() -> int:

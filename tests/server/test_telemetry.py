@@ -1,11 +1,13 @@
 """Traces reach a real collector on the loopback; devices without a driver are no error."""
 
 import json
+import sys
 import threading
 import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
+from types import SimpleNamespace
 
 import grpc
 import pytest
@@ -14,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
+from server import device_metrics
 from server.backends.devices import count_cuda_devices
 from server.device_metrics import watch_devices
 from tests.processes import GRPC_FLAGS, running_server
@@ -125,6 +128,37 @@ def test_without_a_driver_there_are_no_device_metrics_and_no_error():
     registry = CollectorRegistry()
     assert not watch_devices(registry)
     assert b"convoy_device" not in generate_latest(registry)
+
+
+def test_gpus_are_told_by_the_numbers_that_cuda_has_for_them(monkeypatch):
+    """With CUDA_VISIBLE_DEVICES=1,0 and a third GPU hidden, say."""
+
+    class NVMLError(Exception):
+        __module__ = "pynvml"
+
+    used = {"GPU-a": 10, "GPU-b": 20, "GPU-c": 30}
+
+    def handle(uuid: str) -> str:
+        if uuid not in used:
+            raise NVMLError
+        return uuid
+
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=handle,
+        nvmlDeviceGetMemoryInfo=lambda uuid: SimpleNamespace(used=used[uuid]),
+        nvmlDeviceGetUtilizationRates=lambda uuid: SimpleNamespace(gpu=used[uuid]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(device_metrics, "cuda_uuids", lambda: ["GPU-b", "GPU-gone", "GPU-a"])
+    registry = CollectorRegistry()
+    assert watch_devices(registry)
+    text = generate_latest(registry).decode()
+    assert 'convoy_device_memory_bytes{device="cuda:0"} 20.0' in text
+    assert 'convoy_device_memory_bytes{device="cuda:2"} 10.0' in text
+    assert 'convoy_device_utilisation_ratio{device="cuda:0"} 0.2' in text
+    assert text.count("convoy_device_memory_bytes{") == 2
 
 
 @pytest.mark.skipif(count_cuda_devices() == 0, reason="this machine has no CUDA device")

@@ -412,7 +412,7 @@ class ModelStatus(google.protobuf.message.Message):
     backend: builtins.str
     """What runs it: "onnx" or "torchscript"."""
     device: builtins.str
-    """Where it really runs, as the runtime reports it: "cpu", "cuda:0"."""
+    """Where it really runs, as the runtime reports it: "cpu", "cuda:0"; several by commas."""
     provider: builtins.str
     """The execution provider, e.g. "CUDAExecutionProvider"."""
     max_batch_size: builtins.int
