@@ -68,18 +68,20 @@ $(BENCH)/.models:
 	  --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25 --format onnx
 	touch $@
 
+# Five rounds of each load; where other work disturbs them, more, for as long as --limit-s.
+BENCH_FLAGS ?= --seconds 1.5 --warmup-s 0.5 --limit-s 130
 bench: .venv/.installed $(BENCH)/.models  ## measure the server beside raw ONNX Runtime and a naive server
-	$(BIN)/python -m benchmarks.server $(BENCH)/models small
+	$(BIN)/python -m benchmarks.server $(BENCH)/models small $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.server $(BENCH)/models small --images 8 --concurrency 8 \
-	  --load "" --only-convoy --out $(BENCH)/images-8
+	  --load "" --only-convoy --out $(BENCH)/images-8 $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.server $(BENCH)/models small --images 32 --concurrency 8 \
-	  --load "" --only-convoy --out $(BENCH)/images-32
+	  --load "" --only-convoy --out $(BENCH)/images-32 $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.server $(BENCH)/wide wide --concurrency 16 --only-convoy \
-	  --out $(BENCH)/overload
+	  --out $(BENCH)/overload $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.server $(BENCH)/resnet18 resnet18 --concurrency 4 --load "" \
-	  --only-convoy --out $(BENCH)/resnet18-224
+	  --only-convoy --out $(BENCH)/resnet18-224 $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.disturbances $(BENCH)/models small \
-	  --large $(BENCH)/resnet18/resnet18/1
+	  --large $(BENCH)/resnet18/resnet18/1 --seconds 3
 	$(BIN)/python -m benchmarks.repository_polling
 
 lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync

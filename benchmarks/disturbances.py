@@ -13,7 +13,6 @@ import json
 import resource
 import shutil
 import socket
-import statistics
 import tempfile
 import threading
 import time
@@ -23,9 +22,11 @@ from pathlib import Path
 
 import grpc
 
+from benchmarks import loads
+from benchmarks.loads import Load
 from benchmarks.processes import Server, serving
-from benchmarks.server import Run, load
-from benchmarks.tables import table
+from benchmarks.rounds import Round, Run, Turns, by_candidate
+from benchmarks.tables import spread, table
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
 from server.transport import frames
@@ -80,12 +81,20 @@ def measure(
     arguments: argparse.Namespace,
     disturbance: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {"without": [], "with": []}
-    for _ in range(arguments.rounds):
-        for kind, runs in found.items():
-            with disturbance() if kind == "with" else contextlib.nullcontext():
-                runs.append(load(server, arguments, "--concurrency", arguments.concurrency))
-    return found
+    load = Load(arguments.model, seconds=arguments.seconds)
+
+    def without(concurrency: str, _: int) -> Run:
+        return loads.run(server, load, "--concurrency", concurrency)
+
+    def disturbed(concurrency: str, number: int) -> Run:
+        with disturbance():
+            return without(concurrency, number)
+
+    up = contextlib.nullcontext({"without": without, "with": disturbed})
+    turns = Turns(arguments.rounds, arguments.tries, arguments.calm)
+    rounds: dict[str, list[Round]] = turns.take([arguments.concurrency], lambda: up)
+    found = by_candidate(rounds)
+    return {kind: runs[arguments.concurrency] for kind, runs in found.items()}
 
 
 def row(name: str, found: dict[str, list[Run]]) -> list[str]:
@@ -100,11 +109,6 @@ def row(name: str, found: dict[str, list[Run]]) -> list[str]:
     return [*cells, str(sum(sum(run["errors"].values()) for run in found["with"]))]
 
 
-def spread(values: list[float], digits: int) -> str:
-    median, least, greatest = statistics.median(values), min(values), max(values)
-    return f"{median:.{digits}f} [{least:.{digits}f}-{greatest:.{digits}f}]"
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", type=Path, help="a model repository")
@@ -115,9 +119,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", default="8")
     parser.add_argument("--calm", type=float, default=0.2, help="as in benchmarks.server")
     parser.add_argument("--tries", type=int, default=1)
-    arguments = parser.parse_args()
-    arguments.images, arguments.slo_ms = 1, 50.0
-    return arguments
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -130,7 +132,7 @@ def main() -> None:
         shutil.copytree(arguments.models / arguments.model, models / arguments.model)
         command = ["server", "--repository", str(models), "--device", "cpu", "--poll-s", "0.2"]
         command += ["--port", "0", "--http-port", "0", "--log-format", "json"]
-        with serving(command, "") as server:
+        with serving(command) as server:
             idle = measure(server, arguments, lambda: idle_connections(server.address))
             loading = measure(
                 server,

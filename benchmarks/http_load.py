@@ -1,26 +1,37 @@
-r"""A closed loop over HTTP/1.1 with bodies made beforehand; prints what came of it as JSON.
+r"""A load over HTTP/1.1 with bodies made beforehand; prints what came of it as JSON.
 
     python -m benchmarks.http_load http://127.0.0.1:8002/v2/models/small/infer \
         --input image --tensor UINT8:1,32,32,3 --concurrency 32
+    python -m benchmarks.http_load http://127.0.0.1:9000/inference --tensor FP32:3,32,32 --rate 500
 
 The body is a request of the Open Inference Protocol with its tensor in binary, or, without --input,
-the tensor alone. Each place of the loop has a connection of its own.
+the tensor alone. Each request under way has a connection of its own. Counted, and printed, as by
+`convoy-client bench`, with gRPC's names for what became of a request.
 """
 
 import argparse
 import asyncio
 import json
-import statistics
 import time
-from itertools import count
-from urllib.parse import urlsplit
+from collections.abc import Iterator
+from itertools import cycle
+from urllib.parse import SplitResult, urlsplit
 
 import httptools
 import numpy as np
 import uvloop
+from grpc import StatusCode
+
+from clients.bench.arrivals import Poisson, Share
+from clients.bench.generator import Measurement
+from clients.bench.notes import Notes
+from clients.bench.plan import ClosedLoop, OpenLoop, Plan
+from clients.bench.report import run_as_json
 
 DIFFERENT_BODIES = 16
 DTYPES = {"UINT8": np.uint8, "FP32": np.float32}
+CODES = {200: StatusCode.OK, 429: StatusCode.RESOURCE_EXHAUSTED, 503: StatusCode.UNAVAILABLE}
+MOST_UNDER_WAY = 2000
 
 
 def bodies(tensor: str, name: str) -> list[tuple[bytes, int]]:
@@ -54,77 +65,136 @@ def requests(arguments: argparse.Namespace) -> list[bytes]:
     return found
 
 
-class Place(asyncio.Protocol):
-    """A connection that always has one request under way."""
+class Connection(asyncio.Protocol):
+    """Carries one request after the other."""
 
-    def __init__(self, loop: "ClosedLoop") -> None:
-        self._loop = loop
+    def __init__(self, load: "HttpLoad") -> None:
+        self._load = load
         self._transport: asyncio.Transport
         self._parser = httptools.HttpResponseParser(self)
-        self._sent_s = 0.0
+        self.due_s = 0.0
+        self.sent_s = 0.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
-        self._send()
+
+    def send(self, request: bytes, due_s: float) -> None:
+        self.due_s, self.sent_s = due_s, time.monotonic()
+        self._transport.write(request)
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
     def on_message_complete(self) -> None:
-        self._loop.answered(self._sent_s, self._parser.get_status_code())
+        code = CODES.get(self._parser.get_status_code(), StatusCode.UNKNOWN)
         # A parser reads one reply after another only where the connection says that it stays.
         self._parser = httptools.HttpResponseParser(self)
-        self._send()
+        self._load.ended(self, code, stays=True)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._loop.lost()
-
-    def _send(self) -> None:
-        self._sent_s = time.monotonic()
-        self._transport.write(self._loop.next_request())
+        self._load.ended(self, StatusCode.UNAVAILABLE, stays=False)
 
 
-class ClosedLoop:
-    """What all places share."""
+class HttpLoad:
+    """Carries out a plan.
 
-    def __init__(self, arguments: argparse.Namespace) -> None:
-        self._requests = requests(arguments)
-        self._number = count()
-        self._begin_s = time.monotonic() + arguments.warmup_s
-        self._end_s = self._begin_s + arguments.seconds
-        self._latencies_s: list[float] = []
-        self._over = False
-        self.broken = ""
+    Args:
+        address: Where the server is.
+        bodies: Whole requests, sent in turn.
+        plan: How.
+    """
 
-    def next_request(self) -> bytes:
-        return self._requests[next(self._number) % DIFFERENT_BODIES]
+    def __init__(self, address: SplitResult, bodies: list[bytes], plan: Plan) -> None:
+        self._address = address
+        self._requests = cycle(bodies)
+        self._plan = plan
+        self._start_s = time.monotonic()
+        self._end_s = self._start_s + plan.length_s
+        begin_s = self._start_s + plan.warmup_s
+        self._notes = Notes(begin_s, self._end_s, plan.slo_s)
+        self._free: list[Connection] = []
+        # In the order of sending.
+        self._under_way: dict[Connection, None] = {}
+        self._broken = ""
 
-    def answered(self, sent_s: float, status: int) -> None:
-        now_s = time.monotonic()
-        if status != 200:
-            self.broken = f"status {status}"
-        if self._begin_s <= now_s < self._end_s:
-            self._latencies_s.append(now_s - sent_s)
-
-    def lost(self) -> None:
-        if not self._over:
-            self.broken = "a connection was lost"
-
-    async def run(self, url: str, concurrency: int) -> dict[str, float]:
-        """Returns the percentiles of the latency."""
-        loop, address = asyncio.get_running_loop(), urlsplit(url)
-        for _ in range(concurrency):
-            await loop.create_connection(lambda: Place(self), address.hostname, address.port)
+    async def run(self) -> Measurement:
+        """Sends, waits for what is under way, and counts."""
+        cpu_s = time.process_time()
+        if isinstance(self._plan.load, ClosedLoop):
+            for _ in range(self._plan.load.concurrency):
+                await self._send(time.monotonic())
+        else:
+            await self._send_at(self._plan.load.arrivals.times_s(Share()))
         await asyncio.sleep(self._end_s - time.monotonic())
-        self._over = True
-        if self.broken:
-            raise SystemExit(f"{url}: {self.broken}")
-        percentiles = statistics.quantiles(self._latencies_s, n=100)
-        return {"p50": percentiles[49], "p99": percentiles[98]}
+        cores = (time.process_time() - cpu_s) / self._plan.length_s
+        while self._under_way:
+            self._give_up_on_the_late()
+            await asyncio.sleep(0.01)
+        for connection in self._free:
+            connection.abort()
+        if self._broken:
+            raise SystemExit(f"{self._address.geturl()}: {self._broken} in a closed loop")
+        return Measurement.of(self._plan, [self._notes.tally(cores)])
 
-    @property
-    def completed(self) -> int:
-        return len(self._latencies_s)
+    def ended(self, connection: Connection, code: StatusCode, *, stays: bool) -> None:
+        """A connection has its answer, or is lost."""
+        if connection not in self._under_way:
+            if connection in self._free and not stays:
+                self._free.remove(connection)
+            return
+        del self._under_way[connection]
+        now_s = time.monotonic()
+        self._notes.ended(connection.due_s, connection.sent_s, now_s, code)
+        if isinstance(self._plan.load, OpenLoop):
+            self._free += [connection] if stays else []
+        elif code is not StatusCode.OK:
+            self._broken = code.name
+        elif now_s < self._end_s:
+            self._send_by(connection, now_s)
+        else:
+            self._free.append(connection)
+
+    async def _send_at(self, times_s: Iterator[float]) -> None:
+        for time_s in times_s:
+            if time_s >= self._plan.length_s:
+                return
+            due_s = self._start_s + time_s
+            if (left_s := due_s - time.monotonic()) > 0:
+                await asyncio.sleep(left_s)
+            self._give_up_on_the_late()
+            if len(self._under_way) < MOST_UNDER_WAY:
+                await self._send(due_s)
+            else:
+                self._notes.not_sent(due_s)
+
+    async def _send(self, due_s: float) -> None:
+        if not self._free:
+            loop, address = asyncio.get_running_loop(), self._address
+            _, connection = await loop.create_connection(
+                lambda: Connection(self), address.hostname, address.port
+            )
+            self._free.append(connection)
+        self._send_by(self._free.pop(), due_s)
+
+    def _send_by(self, connection: Connection, due_s: float) -> None:
+        self._under_way[connection] = None
+        self._notes.sent()
+        connection.send(next(self._requests), due_s)
+
+    def _give_up_on_the_late(self) -> None:
+        overdue_s = time.monotonic() - self._plan.timeout_s
+        while self._under_way:
+            oldest = next(iter(self._under_way))
+            if oldest.sent_s > overdue_s:
+                return
+            del self._under_way[oldest]
+            self._notes.ended(
+                oldest.due_s, oldest.sent_s, time.monotonic(), StatusCode.DEADLINE_EXCEEDED
+            )
+            oldest.abort()
 
 
 def main() -> None:
@@ -133,18 +203,28 @@ def main() -> None:
     parser.add_argument("--input", default="", help="name of the tensor; none for a bare tensor")
     parser.add_argument("--tensor", default="UINT8:1,32,32,3", help="DATATYPE:D,D,D")
     parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--rate", type=float, help="Poisson arrivals a second, an open loop")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--warmup-s", type=float, default=1.0)
+    parser.add_argument("--slo-ms", type=float, default=50.0)
+    parser.add_argument("--timeout-s", type=float, default=2.0)
     arguments = parser.parse_args()
-    closed = ClosedLoop(arguments)
-    latency_s = uvloop.run(closed.run(arguments.url, arguments.concurrency))
-    run = {
-        "throughput_per_s": closed.completed / arguments.seconds,
-        "latency_s": latency_s,
-        "warmup_s": arguments.warmup_s,
-        "duration_s": arguments.seconds,
-    }
-    print(json.dumps({"runs": [run]}))
+    rate_per_s = arguments.rate
+    plan = Plan(
+        OpenLoop(Poisson(rate_per_s, arguments.seed))
+        if rate_per_s
+        else ClosedLoop(arguments.concurrency),
+        warmup_s=arguments.warmup_s,
+        duration_s=arguments.seconds,
+        slo_s=arguments.slo_ms / 1000,
+        timeout_s=arguments.timeout_s,
+    )
+
+    async def measure() -> Measurement:
+        return await HttpLoad(urlsplit(arguments.url), requests(arguments), plan).run()
+
+    print(json.dumps({"runs": [run_as_json(uvloop.run(measure()))]}))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def measure(processes: int, concurrency: int, seconds: float) -> dict[str, float
     command += ["--protocol", "oip", "--payload", "raw", "--model", "none"]
     command += ["--input", "image:UINT8:-1,32,32,3", "--concurrency", str(concurrency)]
     command += ["--processes", str(processes), "--duration-s", f"{seconds:g}", "--warmup-s", "0.5"]
-    with serving(ECHO, "") as server:
+    with serving(ECHO) as server:
         before_s = cpu_seconds(server.pid)
         command += ["--address", server.address]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

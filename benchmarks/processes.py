@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +15,11 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A server to measure: a module with its arguments, or an address where it runs already.
-
-    Attributes:
-        slo_command: What to run under an open loop, if that differs.
-    """
-
-    name: str
-    command: tuple[str, ...] = ()
-    slo_command: tuple[str, ...] = ()
-    address: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class Server:
     """A server that is ready.
 
     Attributes:
-        pid: 0 where it was not started here.
+        pid: Of the process that started all of its others; 0 where it is not known.
         ready_s: From the start of the process until it served.
         http: "http://HOST:PORT" where it has such a port.
     """
@@ -45,18 +31,51 @@ class Server:
 
     @property
     def rss_mb(self) -> float:
-        """Resident memory."""
+        """Resident memory of all its processes; pages that they share count for each."""
         if not self.pid:
             return float("nan")
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
-        (line,) = (line for line in status.splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) / 1024
+        return sum(_resident_mb(pid) for pid in _tree(self.pid))
+
+
+def _resident_mb(pid: int) -> float:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0.0
+    lines = [line for line in status.splitlines() if line.startswith("VmRSS")]
+    return int(lines[0].split()[1]) / 1024 if lines else 0.0
+
+
+def tree_seconds(pid: int) -> float:
+    """Processor time so far of a process and of all that it started and that live."""
+    if not pid:
+        return float("nan")
+    return sum(map(_seconds_if_alive, _tree(pid)))
+
+
+def _tree(root: int) -> list[int]:
+    """A process and its descendants."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        # Processes end while one looks.
+        with suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
+
+
+def _seconds_if_alive(pid: int) -> float:
+    try:
+        return cpu_seconds(pid)
+    except OSError:
+        return 0.0
 
 
 def cpu_seconds(pid: int) -> float:
     """Processor time of a process so far, all threads."""
-    if not pid:
-        return float("nan")
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
 
@@ -91,11 +110,8 @@ def _others_seconds() -> float:
 
 
 @contextmanager
-def serving(command: Sequence[str], address: str) -> Iterator[Server]:
+def serving(command: Sequence[str]) -> Iterator[Server]:
     """Starts `python -m COMMAND`, waits until it logs "serving", and ends it afterwards."""
-    if address:
-        yield Server(address, 0, float("nan"))
-        return
     started_s = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True

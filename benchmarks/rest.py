@@ -2,142 +2,87 @@ r"""Binary REST beside gRPC on the same server, and beside others that run alrea
 
     python -m benchmarks.rest MODELS small --rounds 5
     python -m benchmarks.rest MODELS small --granian        # and with Granian for uvicorn
-    python -m benchmarks.rest MODELS small --http mosec=http://127.0.0.1:9620/inference \
-        --grpc triton=127.0.0.1:9640
+    python -m benchmarks.rest MODELS small --http mosec=http://127.0.0.1:9620/inference,4712 \
+        --external triton=127.0.0.1:9640,4711
 
 Closed loops of one image a request. All candidates are up at once and take turns; a round measures
-each of them once. A server of --grpc is asked for the model of the same name by the Open Inference
-Protocol, one of --http gets the bare tensor as FP32 [3, H, W]. Tables give the median over the
-rounds with the least and the greatest; the ratio of REST to each other one is within a round.
+each of them once, and does not count where other processes took part of the machine. A server of
+--external is asked for the model of the same name by the Open Inference Protocol, one of --http
+gets the bare tensor. Tables give the median over the rounds with the least and the greatest; the
+ratio of REST to each other one is within a round.
 """
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-from collections import defaultdict
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from benchmarks.processes import Server, cpu_seconds, serving
-from benchmarks.tables import spread, table
+from benchmarks.candidates import (
+    CONVOY,
+    Candidate,
+    add_options,
+    convoy_command,
+    externals,
+    load_of,
+    started,
+    turns,
+)
+from benchmarks.loads import HttpRequest
+from benchmarks.rounds import Measure, Round, Run, by_candidate
+from benchmarks.tables import server_cpu_ms, spread, table
 
 REST = "convoy, binary REST"
-Run = dict[str, float]
-Rounds = dict[str, dict[int, list[Run]]]
+GRANIAN = "convoy, binary REST by Granian"
 
 
-class Candidate:
-    """Something that is measured: a command of a load generator, and the server's process."""
-
-    def __init__(self, name: str, command: list[str], server: Server | None = None) -> None:
-        self.name = name
-        self._command = command
-        self._server = server
-
-    def run(self, concurrency: int, seconds: float) -> Run:
-        """Measures once."""
-        load = ["--concurrency", str(concurrency), "--warmup-s", "0.5"]
-        before_s = cpu_seconds(self._server.pid) if self._server else float("nan")
-        done = subprocess.run(
-            [sys.executable, "-m", *self._command, *load],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise SystemExit(f"{self.name}: {done.stderr.strip()}")
-        (run,) = json.loads(done.stdout)["runs"]
-        spent_s = cpu_seconds(self._server.pid) - before_s if self._server else float("nan")
-        images = run["throughput_per_s"] * (run["warmup_s"] + run["duration_s"])
-        p99_ms = 1000 * run["latency_s"]["p99"]
-        return {
-            "rate": run["throughput_per_s"],
-            "p99_ms": p99_ms,
-            "server_cpu_ms": 1000 * spent_s / images,
-        }
-
-
-def http_load(url: str, seconds: float, *flags: str) -> list[str]:
-    return ["benchmarks.http_load", url, "--seconds", f"{seconds:g}", *flags]
-
-
-def grpc_load(address: str, arguments: argparse.Namespace) -> list[str]:
-    command = ["clients", "bench", "--json", "--address", address, "--protocol", "oip"]
-    command += ["--payload", "raw", "--model", arguments.model, "--metrics", "none"]
-    return [*command, "--connections", "2", "--duration-s", f"{arguments.seconds:g}"]
-
-
-def candidates(arguments: argparse.Namespace, stack: ExitStack) -> list[Candidate]:
-    flags = ["--repository", str(arguments.models), "--device", "cpu", "--log-format", "json"]
-    flags += ["--port", "0", "--http-port", "0", *arguments.flags.split()]
-    height_px, width_px = arguments.size_px
-    oip = ["--input", "image", "--tensor", f"UINT8:1,{height_px},{width_px},3"]
-    path = f"/v2/models/{arguments.model}/infer"
-    convoy = stack.enter_context(serving(["server", *flags], ""))
-    rest = http_load(convoy.http + path, arguments.seconds, *oip)
-    found = [
-        Candidate(REST, rest, convoy),
-        Candidate("convoy, gRPC", grpc_load(convoy.address, arguments), convoy),
-    ]
+@contextmanager
+def candidates(arguments: argparse.Namespace) -> Iterator[Mapping[str, Measure]]:
+    load, command = load_of(arguments), convoy_command(arguments.models, arguments.flags)
+    commands: dict[str, Sequence[str]] = {CONVOY: command}
     if arguments.granian:
-        other = stack.enter_context(serving(["benchmarks.granian_server", *flags], ""))
-        rest = http_load(other.http + path, arguments.seconds, *oip)
-        found.append(Candidate("convoy, binary REST by Granian", rest, other))
-    for external in arguments.http:
-        name, _, url = external.partition("=")
-        bare = ["--tensor", f"FP32:3,{height_px},{width_px}"]
-        found.append(Candidate(name, http_load(url, arguments.seconds, *bare)))
-    for external in arguments.grpc:
-        name, _, address = external.partition("=")
-        found.append(Candidate(name, grpc_load(address, arguments)))
-    return found
+        commands[GRANIAN] = ["benchmarks.granian_server", *command[1:]]
+    with started(commands, load, externals(arguments, load)) as found:
+        rest = {REST: _over_rest(found[CONVOY], arguments)}
+        if arguments.granian:
+            rest[GRANIAN] = _over_rest(found[GRANIAN], arguments)
+        yield {name: candidate.closed for name, candidate in {**rest, **found, **rest}.items()}
 
 
-def measure(arguments: argparse.Namespace) -> Rounds:
-    """Returns by candidate and concurrency the run of each round."""
-    found: Rounds = defaultdict(lambda: defaultdict(list))
-    with ExitStack() as stack:
-        all_of_them = candidates(arguments, stack)
-        for number in range(arguments.rounds):
-            for concurrency in map(int, arguments.concurrency.split(",")):
-                for candidate in all_of_them:
-                    run = candidate.run(concurrency, arguments.seconds)
-                    found[candidate.name][concurrency].append(run)
-            print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
-    return found
+def _over_rest(candidate: Candidate, arguments: argparse.Namespace) -> Candidate:
+    height_px, width_px = arguments.size_px
+    url = f"{candidate.server.http}/v2/models/{arguments.model}/infer"
+    request = HttpRequest(url, f"UINT8:1,{height_px},{width_px},3", "image")
+    return Candidate(candidate.server, candidate.load, request)
 
 
-def row(name: str, found: Rounds) -> list[str]:
+def row(name: str, found: Mapping[str, Mapping[str, Sequence[Run]]]) -> list[str]:
     cells = [name]
     for concurrency, runs in found[name].items():
-        rests = found[REST][concurrency]
-        ratios = [rest["rate"] / run["rate"] for rest, run in zip(rests, runs, strict=True)]
-        cells.append(spread([run["rate"] for run in runs], 0))
-        cells.append(f"{statistics.median(run['p99_ms'] for run in runs):.1f}")
+        pairs = zip(found[REST][concurrency], runs, strict=True)
+        ratios = [rest["throughput_per_s"] / run["throughput_per_s"] for rest, run in pairs]
+        cells.append(spread([run["throughput_per_s"] for run in runs], 0))
+        cells.append(f"{1000 * statistics.median(run['latency_s']['p99'] for run in runs):.1f}")
         cells.append("" if name == REST else spread(ratios, 2))
     last = list(found[name].values())[-1]
-    return [*cells, f"{statistics.median(run['server_cpu_ms'] for run in last):.2f}"]
+    return [*cells, f"{server_cpu_ms(last):.2f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", type=Path, help="a model repository")
-    parser.add_argument("model", help="one of its models, without a second one beside it")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_options(parser)
     parser.add_argument("--concurrency", default="32,64")
     parser.add_argument("--size-px", type=int, nargs=2, default=(32, 32), help="height and width")
-    parser.add_argument("--flags", default="", help="further flags of convoy-server")
     parser.add_argument("--granian", action="store_true", help="needs `uv pip install granian`")
-    parser.add_argument("--http", action="append", default=[], help="NAME=URL")
-    parser.add_argument("--grpc", action="append", default=[], help="NAME=HOST:PORT")
     arguments = parser.parse_args()
-    found = measure(arguments)
+    rounds: dict[str, list[Round]] = turns(arguments).take(
+        arguments.concurrency.split(","), lambda: candidates(arguments)
+    )
+    found = by_candidate(rounds)
     head = ["server"]
-    for concurrency in found[REST]:
-        head += [f"{concurrency} under way", "p99 ms", "REST is"]
+    for concurrency, made in rounds.items():
+        head += [f"{concurrency} under way, {len(made)} rounds", "p99 ms", "REST is"]
     print(table([*head, "server CPU ms/image"], [row(name, found) for name in found]))
 
 

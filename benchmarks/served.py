@@ -15,7 +15,7 @@ def main() -> None:
         raise SystemExit(__doc__)
     repository, flags, *bench = sys.argv[1:]
     ports = ["--port", "0", "--http-port", "0", "--log-format", "json"]
-    with serving(["server", "--repository", repository, *ports, *flags.split()], "") as server:
+    with serving(["server", "--repository", repository, *ports, *flags.split()]) as server:
         command = [sys.executable, "-m", "clients", "bench", "--address", server.address, *bench]
         status = subprocess.run(command, check=False).returncode
     raise SystemExit(status)

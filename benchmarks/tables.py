@@ -2,6 +2,7 @@
 
 import os
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +18,44 @@ def raw_table(alone: dict[str, dict[str, float]]) -> str:
 
 
 def closed_table(found: Rounds, images: int, raw_per_s: float) -> str:
-    first = next(iter(found))
-    loads = list(found[first])
+    loads = list(next(iter(found.values())))
+    first, *others = found
     rows = []
     for name, runs in found.items():
+        cells = []
+        for load in loads:
+            cells.append(_closed(runs[load]))
+            if others:
+                cells.append("" if name == first else _ratio(found[first][load], runs[load]))
         last = runs[loads[-1]]
-        cpu_ms = _median(
-            1000 * run["server_cpu_s"] / (run["throughput_per_s"] * images * _length_s(run))
-            for run in last
-        )
         memory = f"{_median(run['rss_mb'] for run in last):.0f}"
-        ready = f"{_median(run['ready_s'] for run in last):.2f}"
-        shares = sorted(_of_raw(run, images, raw_per_s) for run in last)
-        share = f"{statistics.median(shares):.2f} [{shares[0]:.2f}-{shares[-1]:.2f}]"
-        cells = (_closed(runs[load], found[first][load]) for load in loads)
-        rows.append([name, *cells, share, f"{cpu_ms:.2f}", memory, ready])
-    head = [f"{load} under way" for load in loads]
+        ready = f"{spread((run['ready_s'] for run in last), 2)}"
+        share = f"{spread((_of_raw(run, images, raw_per_s) for run in last), 2)}"
+        rows.append([name, *cells, share, f"{server_cpu_ms(last, images):.2f}", memory, ready])
+    head = []
+    for load in loads:
+        head.append(f"{load} under way, {len(found[first][load])} rounds")
+        head += [f"{first} is"] if others else []
     title = (
-        "Closed loop: requests/s, median [least-greatest], times the first server's in the same "
-        "round (p50 / p99 ms)"
+        "Closed loop: requests/s, median [least-greatest] (p50 / p99 ms)"
         f"; {images} image(s) a request; the other columns at {loads[-1]} under way"
     )
     columns = ["server", *head, "of raw", "server CPU ms/image", "RSS MiB", "ready s"]
     return f"{title}\n\n" + table(columns, rows)
+
+
+def server_cpu_ms(runs: Sequence[dict[str, Any]], images: int = 1) -> float:
+    """Processor time of a server for an image, in milliseconds: the median over runs."""
+    return _median(
+        1000 * run["server_cpu_s"] / (run["throughput_per_s"] * images * _length_s(run))
+        for run in runs
+    )
+
+
+def _ratio(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]]) -> str:
+    """Requests/s of the one to the other's, within a round."""
+    pairs = zip(ours, theirs, strict=True)
+    return spread((one["throughput_per_s"] / other["throughput_per_s"] for one, other in pairs), 2)
 
 
 def _of_raw(run: dict[str, Any], images: int, raw_per_s: float) -> float:
@@ -49,14 +65,15 @@ def _of_raw(run: dict[str, Any], images: int, raw_per_s: float) -> float:
 
 
 def goodput_table(found: Rounds, capacity_per_s: float, slo_ms: float) -> str:
-    loads = list(next(iter(found.values())))
-    rows = [[name, *(_open(runs[load]) for load in loads)] for name, runs in found.items()]
+    first = next(iter(found.values()))
+    rows = [[name, *(_open(each) for each in runs.values())] for name, runs in found.items()]
     title = (
         f"Open loop, Poisson: answered within {slo_ms:g} ms a second, median [least-greatest] "
-        "(p99 ms of the answered / of how late the client sent), "
-        f"at multiples of {capacity_per_s:.0f}/s"
+        "(p99 ms of the answered, median [least-greatest] / of how late the client sent; "
+        f"RSS MiB), at multiples of {capacity_per_s:.0f}/s"
     )
-    return f"{title}\n\n" + table(["server", *(f"{load}x" for load in loads)], rows)
+    head = [f"{load}x, {len(runs)} rounds" for load, runs in first.items()]
+    return f"{title}\n\n" + table(["server", *head], rows)
 
 
 def plot_goodput(found: Rounds, path: Path) -> None:
@@ -80,21 +97,17 @@ def plot_goodput(found: Rounds, path: Path) -> None:
     plt.close(figure)
 
 
-def _closed(runs: list[dict[str, Any]], first: list[dict[str, Any]]) -> str:
+def _closed(runs: list[dict[str, Any]]) -> str:
     p50, p99 = (1000 * _median(run["latency_s"][key] for run in runs) for key in ("p50", "p99"))
-    ratios = sorted(
-        run["throughput_per_s"] / base["throughput_per_s"]
-        for run, base in zip(runs, first, strict=True)
-    )
-    times = f"{statistics.median(ratios):.2f} [{ratios[0]:.2f}-{ratios[-1]:.2f}]"
-    return f"{spread(run['throughput_per_s'] for run in runs)}, {times} ({p50:.1f} / {p99:.1f})"
+    return f"{spread(run['throughput_per_s'] for run in runs)} ({p50:.1f} / {p99:.1f})"
 
 
 def _open(runs: list[dict[str, Any]]) -> str:
-    answered = [run["latency_s"]["p99"] for run in runs if run["completed"]]
-    p99 = f"{1000 * _median(answered):.0f}" if answered else "-"
+    answered = [1000 * run["latency_s"]["p99"] for run in runs if run["completed"]]
+    p99 = spread(answered, 1) if answered else "-"
     late = 1000 * _median(run["client"]["lag_p99_s"] for run in runs)
-    return f"{spread(run['goodput_per_s'] for run in runs)} ({p99} / {late:.0f})"
+    memory = spread(run["rss_mb"] for run in runs)
+    return f"{spread(run['goodput_per_s'] for run in runs)} ({p99} / {late:.1f}; {memory})"
 
 
 def _length_s(run: dict[str, Any]) -> float:

@@ -25,7 +25,7 @@ def as_json(target: Target, found: Sweep) -> dict[str, object]:
         "request_bytes": payload.request_bytes,
         "images_per_request": payload.images,
         "connections": target.connections,
-        "runs": [_run_as_json(run) for run in found.runs],
+        "runs": [run_as_json(run) for run in found.runs],
         "highest_rate_per_s": found.rate_per_s,
     }
 
@@ -52,7 +52,8 @@ def print_table(console: Console, target: Target, found: Sweep) -> None:
         )
 
 
-def _run_as_json(run: Measurement) -> dict[str, object]:
+def run_as_json(run: Measurement) -> dict[str, object]:
+    """Returns one run, in seconds and per second."""
     plan = run.plan
     load: dict[str, object] = (
         {"loop": "closed", "concurrency": plan.load.concurrency}
