@@ -66,9 +66,8 @@ def load_options(settings: ServerSettings, devices: tuple[Device, ...]) -> LoadO
         StartupError: The key for signatures cannot be read.
     """
     cpus = usable_cpus()
-    instances = (settings.instances or _automatic_instances(settings, devices[0], cpus)) * len(
-        devices
-    )
+    on_each = settings.instances or _automatic_instances(settings, devices[0], cpus)
+    instances = on_each * len(devices)
     limits = BatchingLimits(
         max_batch_size=settings.max_batch_size or _MAX_BATCH_SIZE,
         max_queue_size=settings.max_queue_size,
