@@ -69,6 +69,7 @@ def candidates(
     servable, images = write_artefacts(name, folder, max(BATCH_SIZES))
     by_torch = None if arguments.without_torch else torch_candidates(servable, images, folder)
     served = serve_openvino(folder / "model.onnx", threads)
+    served_int8 = serve_openvino(folder / "model.int8.onnx", threads)
     sessions = {
         "onnx": session(folder / "model.onnx", threads),
         "onnx int8": session(folder / "model.int8.onnx", threads),
@@ -85,6 +86,7 @@ def candidates(
         calls |= {
             "openvino": lambda r=run_openvino, b=batch: r([b]),
             "openvino served": lambda s=served, b=batch: s.run(b),
+            "openvino int8": lambda s=served_int8, b=batch: s.run(b),
         }
         yield batch_size, calls
 
