@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from server.loading import ServedModel
 from server.repository import ModelRepository
+from server.served_model import ServedModel
 from tests.server.conftest import publish_version
 from tests.server.test_manager import IMAGE, Live
 

@@ -43,7 +43,7 @@ class Turns:
             up: Starts the candidates of a round.
 
         Returns:
-            By load the undisturbed rounds, or the calmest one where there is none.
+            By load the undisturbed rounds, or the calmest ones where there is none.
         """
         found: dict[str, list[Round]] = {load: [] for load in loads}
         until_s = time.monotonic() + self.limit_s
@@ -64,7 +64,7 @@ class Turns:
 
     def _chosen(self, rounds: Sequence[Round]) -> list[Round]:
         calm = [each for each in rounds if disturbance(each) <= self.calm_cores]
-        return calm or sorted(rounds, key=disturbance)[:1]
+        return calm or sorted(rounds, key=disturbance)[: self.rounds]
 
 
 def disturbance(measured: Round) -> float:

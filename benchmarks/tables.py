@@ -38,10 +38,16 @@ def closed_table(found: Rounds, images: int, raw_per_s: float) -> str:
         head += [f"{first} is"] if others else []
     title = (
         "Closed loop: requests/s, median [least-greatest] (p50 / p99 ms)"
-        f"; {images} image(s) a request; the other columns at {loads[-1]} under way"
+        f"; {images} image(s) a request; the other columns at {loads[-1]} under way; "
+        f"{_others(found)}"
     )
     columns = ["server", *head, "of raw", "server CPU ms/image", "RSS MiB", "ready s"]
     return f"{title}\n\n" + table(columns, rows)
+
+
+def _others(found: Rounds) -> str:
+    runs = (run for loads in found.values() for rounds in loads.values() for run in rounds)
+    return f"other processes took at most {max(run['other_cores'] for run in runs):.2f} processors"
 
 
 def server_cpu_ms(runs: Sequence[dict[str, Any]], images: int = 1) -> float:
@@ -70,7 +76,7 @@ def goodput_table(found: Rounds, capacity_per_s: float, slo_ms: float) -> str:
     title = (
         f"Open loop, Poisson: answered within {slo_ms:g} ms a second, median [least-greatest] "
         "(p99 ms of the answered, median [least-greatest] / of how late the client sent; "
-        f"RSS MiB), at multiples of {capacity_per_s:.0f}/s"
+        f"RSS MiB), at multiples of {capacity_per_s:.0f}/s; {_others(found)}"
     )
     head = [f"{load}x, {len(runs)} rounds" for load, runs in first.items()]
     return f"{title}\n\n" + table(["server", *head], rows)
