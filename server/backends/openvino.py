@@ -1,5 +1,6 @@
 """OpenVINO on the CPU: another runtime for the ONNX artefact."""
 
+import functools
 import io
 import queue
 import re
@@ -76,7 +77,17 @@ class OpenVinoBackend:
             self._idle.put(request)
 
     def _compile(self) -> openvino.CompiledModel:
-        return openvino.Core().compile_model(self._model, "CPU", self._settings)
+        return _core().compile_model(self._model, "CPU", self._settings)
+
+
+@functools.cache
+def _core() -> openvino.Core:
+    """One that stays.
+
+    With the last of them OpenVINO unloads its part for CPUs, which frees the stack that it gave to
+    the signal handlers of the thread that loaded it: the next signal there would end the process.
+    """
+    return openvino.Core()
 
 
 def _read(content: bytes) -> openvino.Model:

@@ -157,6 +157,36 @@ def test_a_batch_without_memory_for_it_is_told_apart_and_the_next_one_runs(graph
     assert (ran.stdout, ran.returncode) == ("no memory for 400000 images\n", 0), ran.stderr
 
 
+UNLOADED = """
+import os, signal, sys, threading
+from pathlib import Path
+from server.backends import load_backend
+from server.backends.devices import Device
+from server.backends.runtimes import Runtime
+from server.repository import VerifiedFile
+
+signal.signal(signal.SIGUSR1, lambda *_: print("signalled"))
+file = VerifiedFile("model.onnx", Path(sys.argv[1]).read_bytes())
+backends = [load_backend(Runtime.OPENVINO, file, Device("cpu"), threads=2)]
+thread = threading.Thread(target=backends.clear)
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@needs_openvino
+def test_a_signal_is_survived_after_a_model_was_unloaded_on_another_thread(graph):
+    ran = subprocess.run(
+        [sys.executable, "-c", UNLOADED, graph],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (ran.stdout, ran.returncode) == ("signalled\n", 0), ran.stderr
+
+
 @needs_openvino
 def test_cuda_is_refused_and_never_replaced_by_the_cpu(graph):
     file = VerifiedFile(graph.name, graph.read_bytes())
