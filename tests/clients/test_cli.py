@@ -80,7 +80,9 @@ def test_mistakes_are_one_line(server, digits, tmp_path):
     assert_one_line(client(server, "classify"), "images")
     assert_one_line(client(server, "dance"), "dance")
     assert_one_line(client(server, "batch", tmp_path, "--out", tmp_path / "o.csv"), "no image")
-    assert_one_line(client(server, "batch", tmp_path / "x", "--out", "o.csv"), "No such file")
+    assert_one_line(
+        client(server, "batch", tmp_path / "x", "--out", tmp_path / "p.csv"), "No such file"
+    )
 
 
 def test_an_unreachable_server_is_one_line(digits):
