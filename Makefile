@@ -78,7 +78,7 @@ bench: .venv/.installed $(BENCH)/.models  ## measure the server beside raw ONNX 
 	  --load "" --only-convoy --out $(BENCH)/images-32 $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.server $(BENCH)/wide wide --concurrency 16 --only-convoy \
 	  --out $(BENCH)/overload $(BENCH_FLAGS)
-	$(BIN)/python -m benchmarks.server $(BENCH)/resnet18 resnet18 --concurrency 4 --load "" \
+	$(BIN)/python -m benchmarks.server $(BENCH)/resnet18 resnet18 --concurrency 4,16 --load "" \
 	  --only-convoy --out $(BENCH)/resnet18-224 $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.disturbances $(BENCH)/models small \
 	  --large $(BENCH)/resnet18/resnet18/1 --seconds 3

@@ -90,21 +90,9 @@ class ModelLoader:
         options = self._options
         started_s = time.monotonic()
         manifest, artefact, file, golden = self._read(folder)
-        backends = [
-            load_backend(
-                options.runtime,
-                file,
-                device,
-                options.threads,
-                options.cuda_graphs,
-                instances=options.limits.instances // len(options.devices),
-            )
-            for device in options.devices
-        ]
+        backends = self._load_backends(file, manifest)
         # The runtime has made its own of it, and warming up takes memory too.
         del file
-        for backend in backends:
-            _check_graph(backend, manifest)
         warming_s = time.monotonic()
         latency = self._warm_up(backends, manifest)
         limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
@@ -113,11 +101,12 @@ class ModelLoader:
             check_answers(golden, backend, manifest, artefact.tolerance)
         observer = self._batches.observer(manifest, limits)
         statistics = ModelStatistics()
+        runners = [
+            Runner(backend.run, partial(batch_buffer, device))
+            for backend, device in zip(backends, options.devices, strict=True)
+        ]
         batcher = DynamicBatcher(
-            [
-                Runner(backend.run, partial(batch_buffer, device))
-                for backend, device in zip(backends, options.devices, strict=True)
-            ],
+            runners,
             manifest.sample_shape,
             limits,
             BatchObservers(observer, statistics),
@@ -138,6 +127,24 @@ class ModelLoader:
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)
         return LoadedModel(manifest, options.runtime, runs_on, batcher, requests, statistics.read)
+
+    def _load_backends(self, file: VerifiedFile, manifest: Manifest) -> list[Backend]:
+        """Loads the artefact once for each device."""
+        options = self._options
+        backends = [
+            load_backend(
+                options.runtime,
+                file,
+                device,
+                options.threads,
+                options.cuda_graphs,
+                instances=options.limits.instances // len(options.devices),
+            )
+            for device in options.devices
+        ]
+        for backend in backends:
+            _check_graph(backend, manifest)
+        return backends
 
     def _warm_up(self, backends: Sequence[Backend], manifest: Manifest) -> LatencyModel:
         options = self._options

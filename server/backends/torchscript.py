@@ -35,8 +35,7 @@ class TorchScriptBackend:
                 module = torch.jit.load(io.BytesIO(file.content), map_location=self._device)  # type: ignore[no-untyped-call]
         except RuntimeError as error:
             raise RepositoryError(f"{file.name}: torch cannot load it") from error
-        self._module = module.eval()
-        self._runner = ModuleRunner(self._module, self._device)
+        self._runner = ModuleRunner(module.eval(), self._device)
         self.device = str(device)
         self.fixed_shapes = device.kind == "cuda"
         self.provider = f"torch-{self._device.type}"
