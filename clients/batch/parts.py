@@ -122,6 +122,8 @@ def remove_leftovers(out: Path) -> None:
 def open_parts(out: Path, table: Table, state: State, *, overwrite: bool) -> Iterator[PartFolder]:
     """Makes the folder of a job or goes on with it; no other process may work there meanwhile.
 
+    Where the block fails before there is a part, the folder is removed.
+
     Args:
         out: The table.
         table: Its format.
@@ -147,7 +149,13 @@ def open_parts(out: Path, table: Table, state: State, *, overwrite: bool) -> Ite
         with parts.explaining_failures():
             _claim(path, state, overwrite)
             parts.recover()
-        yield parts
+        try:
+            yield parts
+        except Exception:
+            # With no part there is nothing to go on with, and a next job is not told of this one.
+            if not parts.tally.images:
+                parts.remove()
+            raise
 
 
 @contextlib.contextmanager

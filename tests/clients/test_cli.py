@@ -83,6 +83,15 @@ def test_mistakes_are_one_line(server, digits, tmp_path):
     assert_one_line(
         client(server, "batch", tmp_path / "x", "--out", tmp_path / "p.csv"), "No such file"
     )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_job_that_never_began_is_not_in_the_way_of_the_next(server, digits, tmp_path):
+    out = tmp_path / "out.csv"
+    assert_one_line(client(server, "batch", tmp_path / "missing", "--out", out), "No such file")
+    result = client(server, "batch", next(iter(digits)).parent, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out.csv", "out.csv.summary.json"}
 
 
 def test_an_unreachable_server_is_one_line(digits):
