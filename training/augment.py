@@ -1,6 +1,7 @@
 """Augmentation of a whole batch on its device, with a draw of its own for every image."""
 
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -66,23 +67,35 @@ def move(images: Tensor, draws: Draws) -> Tensor:
         return images
     count, height, width, channels = images.shape
     device = images.device
-    rows = torch.arange(height, device=device).expand(count, height)
-    columns = torch.arange(width, device=device).expand(count, width)
-    if draws.offsets is not None:
-        offsets = draws.offsets.to(device)
-        rows = _reflect(rows - offsets[:, :1], height)
-        columns = _reflect(columns - offsets[:, 1:], width)
-    if draws.mirrored is not None:
-        mirrored = draws.mirrored.to(device)[:, None]
-        columns = torch.where(mirrored, width - 1 - columns, columns)
-    first = torch.arange(count, device=device)[:, None] * height
+    still = torch.zeros(count, 2, dtype=torch.int64)
+    offsets = still if draws.offsets is None else draws.offsets
+    mirrored = still[:, 0] if draws.mirrored is None else draws.mirrored
+    down, right = offsets[:, 0] + height, offsets[:, 1] + width + mirrored * (2 * width)
+    rows = _sources(height, 1, device).index_select(0, down.to(device))
+    columns = _sources(width, channels, device).index_select(0, right.to(device))
+    first = torch.arange(0, count * height, height, device=device)[:, None]
     shifted = images.reshape(count * height, width * channels).index_select(
         0, (first + rows).flatten()
     )
     # An image's columns are the same in all its rows, so their indices stay few.
-    source = columns[:, :, None] * channels + torch.arange(channels, device=device)
-    source = source.view(count, 1, -1).expand(count, height, -1)
+    source = columns[:, None].expand(count, height, -1)
     return shifted.view(count, height, -1).gather(2, source).view(images.shape)
+
+
+@lru_cache(maxsize=8)
+def _sources(size: int, channels: int, device: torch.device) -> Tensor:
+    """What each value of a line comes from, for every offset, then for the mirrored line.
+
+    Kept, since a look-up takes fewer steps for a batch than working it out.
+
+    Returns:
+        `[4 * size, size * channels]`; a line moved by d is at `size + d`, one that is mirrored
+        first at `3 * size + d`.
+    """
+    moved = torch.arange(size) - torch.arange(-size, size)[:, None]
+    pixels = _reflect(moved, size)
+    pixels = torch.cat((pixels, size - 1 - pixels))[:, :, None]
+    return (pixels * channels + torch.arange(channels)).flatten(1).to(device)
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
