@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from server.batcher import BatcherSnapshot, BatchingLimits, BatchReport
 from server.manifest import Manifest
 from server.metrics import DURATION_BUCKETS_S, VersionFamilies
-from server.requests import Outcome, Outputs
+from server.prediction_metrics import PredictionFamilies
+from server.requests import Outcome
 
 BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # A batch that ran faster than predicted is below zero.
@@ -15,7 +14,6 @@ ERROR_BUCKETS_S = (
     *(-0.1, -0.025, -0.01, -0.005, -0.0025, -0.001, -0.0005, 0.0),
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1),
 )
-CONFIDENCE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 class BatchFamilies:
@@ -54,14 +52,8 @@ class BatchFamilies:
         self.queue_limit = families.gauge("convoy_queue_limit_images", "Images that may wait.")
         self.instances = families.gauge("convoy_instances", "Threads that run batches.")
         self.busy = families.gauge("convoy_instances_busy", "Threads that run a batch.")
-        self.confidence = families.histogram(
-            "convoy_top1_confidence",
-            "Probability of the class that was predicted, by image.",
-            CONFIDENCE_BUCKETS,
-        )
-        self.predicted = families.counter(
-            "convoy_predicted_class_total", "Images by the class that was predicted.", ["label"]
-        )
+        self.predictions = PredictionFamilies()
+        families.adopt(self.predictions)
 
     def observer(self, manifest: Manifest, limits: BatchingLimits) -> "BatchMetrics":
         """Returns the observer for the batcher of one version."""
@@ -80,8 +72,7 @@ class BatchMetrics:
         self._padded = families.padded.labels(*labels)
         self._wasted = families.wasted.labels(*labels)
         self._failed = families.failed.labels(*labels)
-        self._confidence = families.confidence.labels(*labels)
-        self._predicted = [families.predicted.labels(*labels, label) for label in manifest.labels]
+        self._predictions = families.predictions.predictions(*labels, manifest.labels)
         self._families = families
         self._labels = labels
         families.queue_limit.labels(*labels).set(limits.max_queue_size)
@@ -106,7 +97,7 @@ class BatchMetrics:
             self._padded.inc(report.padded_images)
         if report.wasted_images:
             self._wasted.inc(report.wasted_images)
-        self._count_classes(report.outputs)
+        self._predictions.add(report.outputs.probabilities)
 
     def batch_failed(self, error: Exception) -> None:
         """The model failed on a batch, or on a part of one."""
@@ -114,11 +105,3 @@ class BatchMetrics:
 
     def request_refused(self, outcome: Outcome) -> None:
         """The protocols count outcomes, once for each call."""
-
-    def _count_classes(self, outputs: Outputs) -> None:
-        best = outputs.probabilities.argmax(axis=1)
-        counts = np.bincount(best)
-        for index in counts.nonzero()[0].tolist():
-            self._predicted[index].inc(int(counts[index]))
-        for confidence in outputs.probabilities.max(axis=1).tolist():
-            self._confidence.observe(confidence)

@@ -5,10 +5,12 @@ codes, the outcomes; a name that a caller made up never becomes a label. What a 
 `batch_metrics`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
 
 from server.requests import Outcome
 
@@ -22,6 +24,16 @@ SLACK_BUCKETS_S = (
     *(-1.0, -0.1, -0.01, 0.0, 0.001, 0.0025, 0.005, 0.01),
     *(0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
 )
+
+
+class VersionCollector(Protocol):
+    """Metrics labelled by model and version that count in a way of their own."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Returns them as they are."""
+
+    def remove_by_labels(self, labels: Mapping[str, str]) -> None:
+        """Forgets the version that `model` and `version` name."""
 
 
 class VersionFamilies:
@@ -38,7 +50,7 @@ class VersionFamilies:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self._families: list[Counter | Gauge | Histogram] = []
+        self._families: list[Counter | Gauge | Histogram | VersionCollector] = []
 
     def counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
         """Makes a counter."""
@@ -61,6 +73,11 @@ class VersionFamilies:
         )
         self._families.append(family)
         return family
+
+    def adopt(self, collector: VersionCollector) -> None:
+        """Shows metrics that were made elsewhere."""
+        self.registry.register(collector)
+        self._families.append(collector)
 
     def forget(self, model: str, version: int) -> None:
         """Takes a version's children out of every family."""
