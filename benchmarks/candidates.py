@@ -11,6 +11,7 @@ from benchmarks.processes import Server, serving
 from benchmarks.rounds import Run, Turns
 
 CONVOY = "convoy"
+REST = "convoy, binary REST"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="one that takes a bare tensor by POST",
     )
     parser.add_argument("--tensor", default="FP32:3,32,32", help="that tensor, DATATYPE:D,D,D")
+    parser.add_argument(
+        "--size-px", type=int, nargs=2, default=(32, 32), help="height and width, asked by REST"
+    )
 
 
 def turns(arguments: argparse.Namespace) -> Turns:
@@ -92,6 +96,14 @@ def externals(arguments: argparse.Namespace, load: Load) -> dict[str, Candidate]
         request = HttpRequest(where, arguments.tensor)
         found[name] = Candidate(Server(where, pid, float("nan")), load, request)
     return found
+
+
+def over_rest(candidate: Candidate, arguments: argparse.Namespace) -> Candidate:
+    """Returns a Convoy server that is asked by binary REST, one image a request."""
+    height_px, width_px = arguments.size_px
+    url = f"{candidate.server.http}/v2/models/{arguments.model}/infer"
+    request = HttpRequest(url, f"UINT8:1,{height_px},{width_px},3", "image")
+    return Candidate(candidate.server, candidate.load, request)
 
 
 def _parse(text: str) -> tuple[str, str, int]:

@@ -19,19 +19,18 @@ from contextlib import contextmanager
 
 from benchmarks.candidates import (
     CONVOY,
-    Candidate,
+    REST,
     add_options,
     convoy_command,
     externals,
     load_of,
+    over_rest,
     started,
     turns,
 )
-from benchmarks.loads import HttpRequest
 from benchmarks.rounds import Measure, Round, Run, by_candidate
 from benchmarks.tables import server_cpu_ms, spread, table
 
-REST = "convoy, binary REST"
 GRANIAN = "convoy, binary REST by Granian"
 
 
@@ -42,17 +41,10 @@ def candidates(arguments: argparse.Namespace) -> Iterator[Mapping[str, Measure]]
     if arguments.granian:
         commands[GRANIAN] = ["benchmarks.granian_server", *command[1:]]
     with started(commands, load, externals(arguments, load)) as found:
-        rest = {REST: _over_rest(found[CONVOY], arguments)}
+        rest = {REST: over_rest(found[CONVOY], arguments)}
         if arguments.granian:
-            rest[GRANIAN] = _over_rest(found[GRANIAN], arguments)
+            rest[GRANIAN] = over_rest(found[GRANIAN], arguments)
         yield {name: candidate.closed for name, candidate in {**rest, **found, **rest}.items()}
-
-
-def _over_rest(candidate: Candidate, arguments: argparse.Namespace) -> Candidate:
-    height_px, width_px = arguments.size_px
-    url = f"{candidate.server.http}/v2/models/{arguments.model}/infer"
-    request = HttpRequest(url, f"UINT8:1,{height_px},{width_px},3", "image")
-    return Candidate(candidate.server, candidate.load, request)
 
 
 def row(name: str, found: Mapping[str, Mapping[str, Sequence[Run]]]) -> list[str]:
@@ -73,7 +65,6 @@ def main() -> None:
     )
     add_options(parser)
     parser.add_argument("--concurrency", default="32,64")
-    parser.add_argument("--size-px", type=int, nargs=2, default=(32, 32), help="height and width")
     parser.add_argument("--granian", action="store_true", help="needs `uv pip install granian`")
     arguments = parser.parse_args()
     rounds: dict[str, list[Round]] = turns(arguments).take(

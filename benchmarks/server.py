@@ -27,11 +27,13 @@ from pathlib import Path
 
 from benchmarks.candidates import (
     CONVOY,
+    REST,
     Candidate,
     add_options,
     convoy_command,
     externals,
     load_of,
+    over_rest,
     started,
     turns,
 )
@@ -55,7 +57,8 @@ def candidates(
     if not arguments.only_convoy:
         commands["naive grpc.aio"] = ["benchmarks.naive_server", onnx_file(arguments)]
     with started(commands, load, externals(arguments, load)) as found:
-        yield found
+        rest = {REST: over_rest(found[CONVOY], arguments)} if arguments.rest else {}
+        yield {**found, **rest}
 
 
 def raw(arguments: argparse.Namespace, streams: int) -> dict[str, float]:
@@ -113,6 +116,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only-convoy", action="store_true", help="without the naive server")
     parser.add_argument(
         "--also", action="append", default=[], help="NAME=FLAGS: convoy-server with other flags"
+    )
+    parser.add_argument(
+        "--rest", action="store_true", help="Convoy by binary REST too, one image a request"
     )
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     return parser.parse_args()

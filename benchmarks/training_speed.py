@@ -85,8 +85,10 @@ def compare_pipeline(options: argparse.Namespace) -> None:
         readers = (make_reader(part, CPU, options.workers) for part in (data.train.take(some), few))
         trainers.append(kind(net, recipe, normalization, *readers))
         _images_per_s(trainers[-1])
-    for _ in range(options.rounds):
-        whole, fixed = map(_images_per_s, trainers)
+    for turn in range(options.rounds):
+        # Each goes first in turn, so a machine that slows down or recovers favours neither.
+        rates = [_images_per_s(trainer) for trainer in trainers[:: -1 if turn % 2 else 1]]
+        whole, fixed = reversed(rates) if turn % 2 else rates
         ratios.append(whole / fixed)
         print(f"{whole:.0f} of {fixed:.0f} images/s: {ratios[-1]:.3f}", flush=True)
     print(f"median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}")
