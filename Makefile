@@ -72,7 +72,7 @@ $(BENCH)/.models:
 BENCH_FLAGS ?= --seconds 1.5 --warmup-s 0.5 --limit-s 130
 bench: .venv/.installed $(BENCH)/.models  ## measure the server beside raw ONNX Runtime and a naive server
 	$(BIN)/python -m benchmarks.server $(BENCH)/models small $(BENCH_FLAGS)
-	$(BIN)/python -m benchmarks.server $(BENCH)/models small --images 8 --concurrency 8 \
+	$(BIN)/python -m benchmarks.server $(BENCH)/models small --images 8 --concurrency 8,32 \
 	  --load "" --only-convoy --out $(BENCH)/images-8 $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.server $(BENCH)/models small --images 32 --concurrency 8 \
 	  --load "" --only-convoy --out $(BENCH)/images-32 $(BENCH_FLAGS)
