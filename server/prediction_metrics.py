@@ -6,6 +6,7 @@ leave their scores, which are counted together once there are many, or when some
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -46,11 +47,14 @@ class Predictions:
             if self._uncounted_images >= _COUNTED_AT_ONCE:
                 self._count()
 
-    def by_class(self) -> dict[str, int]:
-        """Returns how many images each class was predicted for."""
+    def by_label(self) -> Mapping[str, int]:
+        """Returns how many images each label was predicted for; ImageNet has some of them twice."""
         with self._lock:
             self._count()
-            return dict(zip(self._labels, self._by_class.tolist(), strict=True))
+            counts: Counter[str] = Counter()
+            for label, count in zip(self._labels, self._by_class.tolist(), strict=True):
+                counts[label] += count
+            return counts
 
     def confidence(self) -> tuple[list[int], float]:
         """Returns the images up to each bucket's bound, all of them last, and the sum."""
@@ -99,7 +103,7 @@ class PredictionFamilies:
         for version, predictions in self._versions.items():
             counts, total = predictions.confidence()
             confidence.add_metric(version, list(zip(bounds, counts, strict=True)), total)
-            for label, count in predictions.by_class().items():
+            for label, count in predictions.by_label().items():
                 classes.add_metric([*version, label], count)
         yield confidence
         yield classes

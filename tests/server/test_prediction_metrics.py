@@ -68,6 +68,15 @@ def test_a_version_that_predicted_nothing_yet_is_shown_with_zeros(families, pred
     assert families.registry.get_sample_value("convoy_top1_confidence_count", VERSION) == 0
 
 
+def test_classes_of_one_label_are_counted_together(families):
+    prediction_families = PredictionFamilies()
+    families.adopt(prediction_families)
+    predictions = prediction_families.predictions("birds", "1", ("crane", "owl", "crane"))
+    predictions.add(np.eye(3, dtype=np.float32))
+    labels = {"model": "birds", "version": "1", "label": "crane"}
+    assert families.registry.get_sample_value("convoy_predicted_class_total", labels) == 2
+
+
 def test_a_forgotten_version_leaves_nothing(families, predictions):
     predictions.add(scores(4, 0))
     families.forget("pets", 1)
