@@ -99,10 +99,11 @@ def externals(arguments: argparse.Namespace, load: Load) -> dict[str, Candidate]
 
 
 def over_rest(candidate: Candidate, arguments: argparse.Namespace) -> Candidate:
-    """Returns a Convoy server that is asked by binary REST, one image a request."""
+    """Returns a Convoy server that is asked for the same by binary REST."""
     height_px, width_px = arguments.size_px
     url = f"{candidate.server.http}/v2/models/{arguments.model}/infer"
-    request = HttpRequest(url, f"UINT8:1,{height_px},{width_px},3", "image")
+    shape = f"{candidate.load.images},{height_px},{width_px},3"
+    request = HttpRequest(url, f"UINT8:{shape}", "image")
     return Candidate(candidate.server, candidate.load, request)
 
 

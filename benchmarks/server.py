@@ -117,9 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--also", action="append", default=[], help="NAME=FLAGS: convoy-server with other flags"
     )
-    parser.add_argument(
-        "--rest", action="store_true", help="Convoy by binary REST too, one image a request"
-    )
+    parser.add_argument("--rest", action="store_true", help="ask Convoy by binary REST as well")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     return parser.parse_args()
 
