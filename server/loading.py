@@ -95,7 +95,11 @@ class ModelLoader:
         del file
         warming_s = time.monotonic()
         latency = self._warm_up(backends, manifest)
-        limits = replace(options.limits, max_batch_size=latency.best_size(options.slo_s))
+        limits = replace(
+            options.limits,
+            max_batch_size=latency.largest_size(options.slo_s),
+            preferred_batch_size=latency.preferred_size(options.slo_s),
+        )
         warmup_s = time.monotonic() - warming_s
         for backend in backends:
             check_answers(golden, backend, manifest, artefact.tolerance)
@@ -123,6 +127,7 @@ class ModelLoader:
             device=runs_on.device,
             provider=runs_on.provider,
             max_batch_size=limits.max_batch_size,
+            preferred_batch_size=limits.preferred_batch_size,
             load_s=round(load_s, 3),
         )
         requests = self._metrics.requests_of(manifest.name, manifest.version)

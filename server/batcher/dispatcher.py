@@ -10,7 +10,7 @@ from server.batcher.instance import ModelInstance
 from server.batcher.latency import LatencyModel
 from server.batcher.limits import BatchingLimits
 from server.batcher.queue import RequestQueue
-from server.batcher.scheduling import deferral_s, finish_s, next_size
+from server.batcher.scheduling import deferral_s, fill_size, finish_s, next_size
 from server.requests import Batch, InferenceRequest
 
 logger = structlog.get_logger()
@@ -45,6 +45,7 @@ class Dispatcher:
     ) -> None:
         self.max_batch_size = limits.max_batch_size
         self.delay_s = limits.max_queue_delay_s
+        self._preferred_batch_size = limits.preferred_batch_size or limits.max_batch_size
         self._queue = queue
         self._instances = instances
         self._has_several_devices = len({instance.device for instance in instances}) > 1
@@ -118,7 +119,7 @@ class Dispatcher:
         """
         forecast = _NOTHING_KNOWN if self._is_stale(now_s) else self._forecast
         size, dropped = next_size(
-            self._queue, forecast, now_s, self.max_batch_size, len(self._instances)
+            self._queue, forecast, now_s, self._fill_size, len(self._instances)
         )
         parts = self._queue.take(size, self.max_batch_size)
         if not parts:
@@ -128,6 +129,11 @@ class Dispatcher:
         batch = Batch(tuple(parts), now_s, takes_s)
         instance.begin(batch)
         return batch, dropped
+
+    def _fill_size(self) -> int:
+        return fill_size(
+            self._queue, self._preferred_batch_size, self.max_batch_size, len(self._instances)
+        )
 
     def _is_stale(self, now_s: float) -> bool:
         idle = all(instance.is_idle for instance in self._instances)

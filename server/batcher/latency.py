@@ -5,6 +5,9 @@ from collections.abc import Mapping, Sequence
 
 # Weights of one observation in the running mean and in the running deviation.
 _GAIN = 1 / 16
+# And in the means of the other sizes: what slows one down slows them all, and it may be long until
+# one of them is run again. Until then it would seem better than it is beside those that run.
+_FOLLOWING_GAIN = 1 / 64
 # A stall shows in the deviation; the mean shall not follow it further than this.
 _MAX_RATIO = 2.0
 # Mean plus four mean deviations bounds nearly all runs: V. Jacobson, "Congestion Avoidance and
@@ -13,9 +16,10 @@ _DEVIATIONS = 4.0
 # Before a run in service showed the spread.
 _FIRST_DEVIATION = 0.1
 # Of sizes that are this close to the best, the smallest answers soonest. Device time is lost for
-# good; while a batch is handed over, another instance may use the device.
+# good; while a batch is handed over, another instance may use the device, if enough waits for it.
 _NEARLY_BEST_RUN = 1.03
 _NEARLY_BEST_PACE = 0.9
+_BEST_PACE = 0.98
 # What a batch costs besides its run: two thread switches and a wake-up of the event loop.
 HANDOVER_S = 0.0002
 
@@ -62,7 +66,8 @@ class LatencyModel:
     def __init__(self, *measured_s: Mapping[int, float], pads: bool = False) -> None:
         self._sizes = tuple(sorted(measured_s[0])) if measured_s else ()
         # By device, then by size.
-        self._means_s = [[table_s[size] for size in self._sizes] for table_s in measured_s]
+        self._measured_s = [[table_s[size] for size in self._sizes] for table_s in measured_s]
+        self._means_s = [list(means_s) for means_s in self._measured_s]
         self._deviations_s = [
             [_FIRST_DEVIATION * mean_s for mean_s in means_s] for means_s in self._means_s
         ]
@@ -100,13 +105,23 @@ class LatencyModel:
         """Returns images a second in batches of a size, hand-over included."""
         return size / (self.mean_s(size) + HANDOVER_S)
 
-    def best_size(self, slo_s: float = float("inf")) -> int:
-        """Returns the measured size to fill batches up to.
+    def preferred_size(self, slo_s: float = float("inf")) -> int:
+        """Returns the measured size to fill batches up to while little waits.
 
         It is the smallest that is nearly the best, on the device and with the hand-over counted.
         Under an SLO a request that just missed a batch waits for it and then for its own, so two
         runs must fit (H. Shen et al., "Nexus", SOSP 2019, section 3.3).
         """
+        return self._smallest_size(_NEARLY_BEST_PACE, slo_s)
+
+    def largest_size(self, slo_s: float = float("inf")) -> int:
+        """Returns the measured size to fill batches up to while much waits.
+
+        It hands over as seldom as brings anything; the rest is chosen as for `preferred_size`.
+        """
+        return self._smallest_size(_BEST_PACE, slo_s)
+
+    def _smallest_size(self, least_pace: float, slo_s: float) -> int:
         allowed = [size for size in self._sizes if 2 * self.mean_s(size) <= slo_s] or [1]
         best_run_s = min(self.mean_s(size) / size for size in allowed)  # of an image
         best_pace = max(map(self.pace, allowed))
@@ -114,7 +129,7 @@ class LatencyModel:
             size
             for size in allowed
             if self.mean_s(size) / size <= _NEARLY_BEST_RUN * best_run_s
-            and self.pace(size) >= _NEARLY_BEST_PACE * best_pace
+            and self.pace(size) >= least_pace * best_pace
         )
         return next(nearly_best, max(allowed, key=self.pace))
 
@@ -129,7 +144,16 @@ class LatencyModel:
         means_s[nearest] *= 1 + _GAIN * (ratio - 1)
         error_s = abs(actual_s - expected_s)
         deviations_s[nearest] += _GAIN * (error_s - deviations_s[nearest])
-        self._find_slowest(nearest)
+        self._follow(device, nearest)
+
+    def _follow(self, device: int, leader: int) -> None:
+        """Lets the other sizes follow one whose mean has changed."""
+        means_s, measured_s = self._means_s[device], self._measured_s[device]
+        slowdown = means_s[leader] / measured_s[leader] if measured_s[leader] else 1.0
+        for index, mean_s in enumerate(means_s):
+            if index != leader:
+                means_s[index] += _FOLLOWING_GAIN * (slowdown * measured_s[index] - mean_s)
+            self._find_slowest(index)
 
     def _find_slowest(self, index: int) -> None:
         self._slowest_s[index] = max(means_s[index] for means_s in self._means_s)

@@ -17,6 +17,8 @@ class BatchingLimits:
         max_queue_bytes: Bytes of pixels that may wait.
         max_request_images: Images that one request may bring; it is split over batches.
         max_client_share: Part of the queue, 0 to 1, that requests of one named client may hold.
+        preferred_batch_size: Images in one batch while fewer wait than two of `max_batch_size` for
+            every instance; None for no less than that.
         hang_timeout_s: A run on the device that takes longer is taken for dead.
     """
 
@@ -28,6 +30,7 @@ class BatchingLimits:
     max_request_images: int = 256
     max_client_share: float = 1.0
     hang_timeout_s: float = 60.0
+    preferred_batch_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

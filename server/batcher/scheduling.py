@@ -17,6 +17,8 @@ from server.requests import InferenceRequest
 
 # A request is given up when the batch it needs would cost the device more of its pace than this.
 _KEPT_PACE = 0.9
+# A larger batch is made where so many wait for every instance.
+_DEEP = 2
 # Batches are worth waiting for when one image more costs less than this part of one alone.
 _WORTH_WAITING = 0.5
 
@@ -47,10 +49,39 @@ def finish_s(
     return starts_s + last_s(last)
 
 
+def fill_size(queue: RequestQueue, preferred: int, largest: int, instances: int) -> int:
+    """Returns up to how many images a batch from this queue is filled.
+
+    A larger batch hands over less often, but while it runs, its callers and the event loop have
+    nothing to do, and the other instances what it left. So it is made only where the queue keeps
+    all of them busy meanwhile.
+
+    Args:
+        queue: Holds something.
+        preferred: The size that is nearly the best.
+        largest: The best; no request that fits into it is split.
+        instances: Those that share the queue.
+    """
+    if queue.images >= _DEEP * instances * largest:
+        return largest
+    return min(largest, max(preferred, queue.head.waiting))
+
+
 def next_size(
-    queue: RequestQueue, forecast: Forecast, now_s: float, max_batch_size: int, instances: int
+    queue: RequestQueue,
+    forecast: Forecast,
+    now_s: float,
+    fill: Callable[[], int],
+    instances: int,
 ) -> tuple[int, list[InferenceRequest]]:
     """Decides how many images the next batch holds.
+
+    Args:
+        queue: What waits.
+        forecast: Predicts.
+        now_s: Now.
+        fill: Up to how many images a batch from this queue is filled.
+        instances: Those that share the queue.
 
     Returns:
         The size, 0 for none, and the requests that were taken out of the queue because they are not
@@ -59,16 +90,17 @@ def next_size(
     """
     dropped: list[InferenceRequest] = []
     while queue.images:
-        size = min(queue.images, max_batch_size)
+        full_size = fill()
+        size = min(queue.images, full_size)
         if not queue.has_deadlines:
             return size, dropped
         window = queue.window(size)
         tightest = min(window, key=lambda request: request.deadline_s)
         needed = sum(other.waiting for other in window[: window.index(tightest) + 1])
         budget_s = tightest.deadline_s - now_s
-        if needed > max_batch_size:
-            rounds = math.ceil(needed / max_batch_size / instances)
-            if rounds * forecast.likely_s(max_batch_size) <= budget_s:
+        if needed > full_size:
+            rounds = math.ceil(needed / full_size / instances)
+            if rounds * forecast.likely_s(full_size) <= budget_s:
                 return size, dropped
         elif fitting := _fitting(forecast, budget_s, needed, size):
             return fitting, dropped

@@ -36,7 +36,8 @@ def model_config(model: ServedModel) -> config_pb.ModelConfig:
         output=map(_output, model.manifest.outputs),
         instance_group=[_instances(model)],
         dynamic_batching=config_pb.ModelDynamicBatching(
-            max_queue_delay_microseconds=int(limits.max_queue_delay_s * _US_PER_S)
+            preferred_batch_size=[limits.preferred_batch_size or limits.max_batch_size],
+            max_queue_delay_microseconds=int(limits.max_queue_delay_s * _US_PER_S),
         ),
     )
 

@@ -147,7 +147,8 @@ def test_a_model_s_configuration(oip):
         ("probabilities", [3]),
     ]
     assert config.max_batch_size >= 1
-    assert config.HasField("dynamic_batching")
+    (preferred,) = config.dynamic_batching.preferred_batch_size
+    assert 1 <= preferred <= config.max_batch_size
     with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
         oip.ModelConfig(pb.ModelConfigRequest(name="cats"))
 

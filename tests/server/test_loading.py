@@ -83,6 +83,14 @@ async def test_a_version_is_loaded_and_answers(publish, load):
     np.testing.assert_allclose(outputs.probabilities.sum(axis=1), 1, atol=1e-6)
 
 
+async def test_its_batch_sizes_are_among_those_measured(publish, load):
+    publish()
+    batcher = load().batcher
+    sizes = batcher.limits.preferred_batch_size, batcher.limits.max_batch_size
+    assert set(sizes) <= batcher.snapshot().batch_latency_s.keys()
+    assert 1 <= sizes[0] <= sizes[1] <= 6
+
+
 @pytest.fixture
 def load_on_two(publish, monkeypatch):
     """Loads a version on two devices, one of which may be another than it seems."""

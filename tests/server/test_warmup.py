@@ -67,7 +67,7 @@ def test_sizes_stop_growing_where_that_brings_nothing():
     backend = TimedBackend(lambda size: 0.010 * size)
     model = warm_up([backend], 1, (2, 2, 3), 256, clock=TIME, allocate=allocate)
     assert list(model.table_s) == [1, 2, 4]
-    assert model.best_size() == 1
+    assert model.preferred_size() == 1
 
 
 def test_an_upper_bound_that_is_no_power_of_two_is_measured_itself():

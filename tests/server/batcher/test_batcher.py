@@ -45,6 +45,38 @@ async def test_a_batch_holds_at_most_max_batch_size_images_and_keeps_the_order(m
     assert [len(answer.outputs.logits) for answer in answers] == [1, 3, 2, 1]
 
 
+async def test_batches_of_the_preferred_size_leave_the_other_instances_their_part(make, backend):
+    batcher = make(max_batch_size=4, max_queue_size=16, instances=2, preferred_batch_size=2)
+    running = []
+    for _ in range(2):
+        running += await queue(batcher, batcher.infer(image(99)))
+        await backend.wait_for_run()
+    # Two batches of the largest size for each of the two instances, and one image less.
+    waiting = await queue(batcher, *(batcher.infer(image(value)) for value in range(15)))
+    assert batcher.snapshot().queued_images == 15
+    backend.permits.release(1)
+    await backend.wait_for_run()
+    assert backend.batches[-1] == [0, 1]
+    waiting += await queue(batcher, *(batcher.infer(image(value)) for value in (15, 16, 17)))
+    backend.permits.release(1)
+    await backend.wait_for_run()
+    assert backend.batches[-1] == [2, 3, 4, 5]
+    backend.permits.release(100)
+    await asyncio.gather(*running, *waiting)
+
+
+async def test_a_request_that_the_largest_batch_holds_is_not_split_for_the_preferred(make, backend):
+    batcher = make(max_batch_size=4, preferred_batch_size=2)
+    running = await queue(batcher, batcher.infer(image(9)))
+    await backend.wait_for_run()
+    waiting = await queue(
+        batcher, batcher.infer(image(1)), batcher.infer(image(2, 3)), batcher.infer(image(3))
+    )
+    backend.permits.release(100)
+    await asyncio.gather(*running, *waiting)
+    assert backend.batches == [[9], [1], [2, 2, 2], [3]]
+
+
 async def test_a_request_of_none_or_too_many_images_is_refused(make):
     batcher = make(max_batch_size=4, max_request_images=6)
     for count in (0, 7):

@@ -26,7 +26,32 @@ def test_it_follows_a_device_that_slows_down():
         model.observe(2, 3.0)
     assert model.mean_s(2) == pytest.approx(3.0, rel=0.01)
     assert model.tail_s(2) == pytest.approx(3.0, rel=0.05)
-    assert model.mean_s(4) == 4.0
+
+
+def test_sizes_that_do_not_run_follow_those_that_do():
+    """Or the dispatcher would wait for a batch that only looks as if it cost nothing more."""
+    model = LatencyModel({1: 1.0, 8: 8.0, 16: 16.0})
+    for _ in range(500):
+        model.observe(8, 16.0)
+    assert model.mean_s(16) == pytest.approx(32.0, rel=0.01)
+    assert model.mean_s(9) - model.mean_s(8) == pytest.approx(2.0, rel=0.05)
+    assert model.mean_s(1) == pytest.approx(2.0, rel=0.01)
+
+
+def test_a_size_that_runs_as_often_keeps_a_time_of_its_own():
+    model = LatencyModel({1: 1.0, 8: 8.0})
+    for _ in range(500):
+        model.observe(8, 12.0)
+        model.observe(1, 1.0)
+    assert model.mean_s(8) == pytest.approx(12.0, rel=0.1)
+    assert model.mean_s(1) == pytest.approx(1.0, rel=0.1)
+
+
+def test_a_device_that_takes_no_time_is_followed_too():
+    model = LatencyModel({1: 0.0, 2: 0.0})
+    model.observe(1, 0.5)
+    assert model.mean_s(2) == 0.0
+    assert model.tail_s(1) > 0
 
 
 def test_a_stall_widens_the_tail_more_than_it_moves_the_mean():
@@ -38,25 +63,35 @@ def test_a_stall_widens_the_tail_more_than_it_moves_the_mean():
 
 def test_the_smallest_size_that_is_nearly_best_is_chosen():
     flat = LatencyModel({1: 0.1, 2: 0.2, 4: 0.4})
-    assert flat.best_size() == 1
+    assert flat.preferred_size() == 1
     gaining = LatencyModel({1: 0.010, 8: 0.011, 64: 0.020, 256: 0.080})
-    assert gaining.best_size() == 64
+    assert gaining.preferred_size() == 64
 
 
 def test_a_size_that_wastes_device_time_is_not_chosen_for_its_short_wait():
     slow = LatencyModel({1: 0.0158, 2: 0.0303, 4: 0.0580, 8: 0.1160})
-    assert slow.best_size() == 4
+    assert slow.preferred_size() == 4
 
 
 def test_short_batches_grow_until_their_hand_over_costs_little():
     fast = LatencyModel({1: 0.00024, 2: 0.00045, 4: 0.00091, 8: 0.00178, 16: 0.00366})
-    assert fast.best_size() == 8
+    assert fast.preferred_size() == 8
+
+
+def test_where_much_waits_batches_grow_until_their_hand_over_costs_next_to_nothing():
+    fast = LatencyModel({1: 0.00024, 2: 0.00045, 4: 0.00091, 8: 0.00178, 16: 0.00366})
+    assert fast.largest_size() == 16
+    flat = LatencyModel({1: 0.1, 2: 0.2, 4: 0.4})
+    assert flat.largest_size() == 1
+    slow = LatencyModel({1: 0.0028, 2: 0.0056, 4: 0.0115})
+    assert (slow.preferred_size(), slow.largest_size()) == (1, 2)
 
 
 def test_an_slo_bounds_the_size_so_that_two_runs_fit():
     gaining = LatencyModel({1: 0.010, 8: 0.011, 64: 0.020})
-    assert gaining.best_size(slo_s=0.030) == 8
-    assert gaining.best_size(slo_s=0.001) == 1
+    assert gaining.preferred_size(slo_s=0.030) == 8
+    assert gaining.preferred_size(slo_s=0.001) == 1
+    assert gaining.largest_size(slo_s=0.030) == 8
 
 
 def test_the_slowest_device_is_what_is_predicted_size_by_size():
@@ -65,7 +100,7 @@ def test_the_slowest_device_is_what_is_predicted_size_by_size():
     assert (model.mean_s(1), model.mean_s(4)) == (2.0, 4.0)
     assert (model.mean_on_s(0, 1), model.mean_on_s(1, 4)) == (1.0, 3.0)
     assert model.tail_s(1) == pytest.approx(2.0 * 1.4)
-    assert model.best_size(slo_s=4.0) == 1
+    assert model.preferred_size(slo_s=4.0) == 1
 
 
 def test_each_device_is_followed_apart():

@@ -30,7 +30,12 @@ from tests.server.batcher.fakes import Clock, Observer
 SHAPE = (1, 1, 3)
 MAX_BATCH = 4
 LIMITS = BatchingLimits(
-    MAX_BATCH, max_queue_size=24, instances=3, max_client_share=0.5, hang_timeout_s=1e9
+    MAX_BATCH,
+    max_queue_size=40,
+    instances=3,
+    max_client_share=0.5,
+    hang_timeout_s=1e9,
+    preferred_batch_size=2,
 )
 FINISH_S = 30
 
