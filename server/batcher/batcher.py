@@ -198,7 +198,12 @@ class DynamicBatcher:
                 return
         outcome, error = refusal
         self._observer.request_refused(outcome)
-        raise error
+        try:
+            raise error
+        finally:
+            # The error knows this frame; a frame that knows the error as well keeps the request
+            # until the garbage collector comes.
+            del error, refusal
 
     def _not_serving(self) -> Refusal | None:
         if not self._accepting:

@@ -1,6 +1,9 @@
 """What every batcher promises, whatever the deadlines."""
 
 import asyncio
+import gc
+import weakref
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -82,6 +85,21 @@ async def test_a_request_of_none_or_too_many_images_is_refused(make):
     for count in (0, 7):
         with pytest.raises(InvalidRequestError, match=f"expected 1 to 6 images, got {count}"):
             await batcher.infer(image(0, count=count))
+
+
+async def test_a_refused_request_leaves_nothing_to_the_garbage_collector(make):
+    """Under overload most requests are refused; their pixels shall not wait for a collection."""
+    batcher = make(max_request_images=1)
+    images = image(0, count=2)
+    pixels = weakref.ref(images)
+    gc.disable()
+    try:
+        with suppress(InvalidRequestError):
+            await batcher.infer(images)
+        del images
+        assert pixels() is None
+    finally:
+        gc.enable()
 
 
 async def test_a_full_queue_refuses_at_once_and_recovers(make, backend):
