@@ -19,7 +19,7 @@ _FIRST_DEVIATION = 0.1
 # good; while a batch is handed over, another instance may use the device, if enough waits for it.
 _NEARLY_BEST_RUN = 1.03
 _NEARLY_BEST_PACE = 0.9
-_BEST_PACE = 0.98
+_BEST_PACE = 0.99
 # What a batch costs besides its run: two thread switches and a wake-up of the event loop.
 HANDOVER_S = 0.0002
 
