@@ -91,12 +91,13 @@ class Dispatcher:
         queue = self._queue
         if not len(queue):
             return None
-        if queue.images >= self.max_batch_size:
+        full_size = self._fill_size()
+        if queue.images >= full_size:
             return 0.0
         if self.delay_s:
             return max(0.0, queue.oldest_at_s + self.delay_s - now_s)
         others_s = [other.free_at_s for other in self._instances if other is not instance]
-        return deferral_s(queue, self._forecast.latency, now_s, self.max_batch_size, others_s)
+        return deferral_s(queue, self._forecast.latency, now_s, full_size, others_s)
 
     def leaves_it(self, instance: ModelInstance) -> bool:
         """Whether another idle instance shall run what waits, since its device has less to do."""

@@ -17,7 +17,7 @@ from server.requests import InferenceRequest
 
 # A request is given up when the batch it needs would cost the device more of its pace than this.
 _KEPT_PACE = 0.9
-# A larger batch is made where so many wait for every instance.
+# Batches of the largest size that wait for every instance where one of them is made.
 _DEEP = 2
 # Batches are worth waiting for when one image more costs less than this part of one alone.
 _WORTH_WAITING = 0.5
@@ -123,7 +123,7 @@ def deferral_s(
     queue: RequestQueue,
     latency: LatencyModel,
     now_s: float,
-    max_batch_size: int,
+    full_size: int,
     others_free_at_s: Sequence[float],
 ) -> float:
     """Returns how long a free instance leaves a small batch to fill.
@@ -133,7 +133,7 @@ def deferral_s(
     is in proportion to its size, they are not.
     """
     size = queue.images
-    if not others_free_at_s or not 0 < size < max_batch_size:
+    if not others_free_at_s or not 0 < size < full_size:
         return 0.0
     alone_s = latency.mean_s(1)
     if latency.mean_s(size + 1) - latency.mean_s(size) >= _WORTH_WAITING * alone_s:

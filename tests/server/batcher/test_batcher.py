@@ -68,6 +68,15 @@ async def test_batches_of_the_preferred_size_leave_the_other_instances_their_par
     await asyncio.gather(*running, *waiting)
 
 
+async def test_a_delay_ends_with_a_batch_of_the_preferred_size(make, backend):
+    batcher = make(max_queue_delay_s=60.0, max_batch_size=4, preferred_batch_size=2)
+    waiting = await queue(batcher, *(batcher.infer(image(value)) for value in (1, 2)))
+    await asyncio.wait_for(backend.wait_for_run(), timeout=10)
+    backend.permits.release()
+    await asyncio.gather(*waiting)
+    assert backend.batches == [[1, 2]]
+
+
 async def test_a_request_that_the_largest_batch_holds_is_not_split_for_the_preferred(make, backend):
     batcher = make(max_batch_size=4, preferred_batch_size=2)
     running = await queue(batcher, batcher.infer(image(9)))
