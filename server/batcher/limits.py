@@ -17,9 +17,9 @@ class BatchingLimits:
         max_queue_bytes: Bytes of pixels that may wait.
         max_request_images: Images that one request may bring; it is split over batches.
         max_client_share: Part of the queue, 0 to 1, that requests of one named client may hold.
+        hang_timeout_s: A run on the device that takes longer is taken for dead.
         preferred_batch_size: Images in one batch while fewer wait than two of `max_batch_size` for
             every instance; None for no less than that.
-        hang_timeout_s: A run on the device that takes longer is taken for dead.
     """
 
     max_batch_size: int
