@@ -1,5 +1,6 @@
 """What can be classified: a folder, a glob, a list of paths, a tar, a Parquet file, an array."""
 
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,6 +59,16 @@ class Input:
             state |= {"size_bytes": found.st_size, "modified_ns": found.st_mtime_ns}
             state |= {"image_column": self.image_column, "key_column": self.key_column}
         return state
+
+    def check(self) -> None:
+        """Looks whether it is there; what it holds shows when it is opened.
+
+        Raises:
+            InputError: Nothing has this name.
+        """
+        path = Path(self.name)
+        if self._kind() == "list" and not path.exists():
+            raise InputError(f"{path}: {os.strerror(errno.ENOENT)}")
 
     def open(self, folder: Path) -> Source:
         """Opens it.

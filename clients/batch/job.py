@@ -112,7 +112,10 @@ def run_batch(
     }
     started_s = clock()
     remove_leftovers(job.table)
-    if not job.overwrite and (counts := _finished(job.table, state)):
+    if job.overwrite:
+        # A mistyped name shall not cost another job its parts.
+        job.input.check()
+    elif counts := _finished(job.table, state):
         return BatchSummary(counts, counts.images, 0, evaluate(counts.confusion, classes))
     with open_parts(job.table, table, state, overwrite=job.overwrite) as parts:
         earlier = parts.tally.images

@@ -18,6 +18,7 @@ from clients.batch import (
     BatchError,
     BatchJob,
     Input,
+    InputError,
     OutputError,
     PartLimits,
     Shard,
@@ -286,6 +287,12 @@ def test_another_job_does_not_go_on_with_the_parts(engine, images, tmp_path):
         run_batch(job(images, out, evaluate=True), engine)
     other = tmp_path / "images" / "deep"
     with pytest.raises(OutputError, match="input"):
+        run_batch(job(other, out), engine)
+    kept = left_in(tmp_path / "out.csv.parts")
+    with pytest.raises(InputError, match="depe: No such file"):
+        run_batch(job(other.with_name("depe"), out, overwrite=True), engine)
+    assert left_in(tmp_path / "out.csv.parts") == kept
+    with pytest.raises(OutputError, match=r"unfinished job of another kind \(input: "):
         run_batch(job(other, out), engine)
     run_batch(job(other, out, overwrite=True), engine)
     assert [row["path"] for row in read_rows(out)] == names(other)
