@@ -43,7 +43,8 @@ def finish_s(
         last_s: What the last batch takes, by its size, until its answers have left.
     """
     full_batches = (images_before + size - 1) // max_batch_size
-    last = images_before + size - full_batches * max_batch_size
+    # Who comes later fills the batch that a request from a long queue runs in.
+    last = max_batch_size if full_batches else images_before + size
     rounds, turn = divmod(full_batches, len(free_at_s))
     starts_s = sorted(free_at_s)[turn] + rounds * latency.mean_s(max_batch_size)
     return starts_s + last_s(last)

@@ -78,6 +78,20 @@ async def test_admission_counts_only_what_runs_before(make, backend):
     assert backend.batches[1] == [3]
 
 
+async def test_admission_expects_that_later_requests_fill_the_batch(make, backend):
+    batcher = make(max_batch_size=2, latency=LatencyModel({1: 1.0, 2: 2.0}))
+    running = await queue(batcher, batcher.infer(image(0)))
+    await backend.wait_for_run()
+    running += await queue(batcher, batcher.infer(image(1)), batcher.infer(image(1)))
+    # The run under way ends at 1.0, two images at 3.0, two more by 5.8, less a tenth for the way.
+    with pytest.raises(DeadlineExceededError):
+        await batcher.infer(image(2), deadline_s=6.0)
+    running += await queue(batcher, batcher.infer(image(3), deadline_s=6.5))
+    backend.permits.release(3)
+    await asyncio.gather(*running)
+    assert backend.batches == [[0], [1, 1], [3]]
+
+
 async def test_a_late_head_is_dropped_so_that_the_rest_fill_a_batch(make, backend, clock):
     """The sliding window: a batch of one would be in time, but four then pay for it."""
     batcher = make(latency=LatencyModel(GAINING))
