@@ -85,7 +85,7 @@ async def test_admission_expects_that_later_requests_fill_the_batch(make, backen
     running += await queue(batcher, batcher.infer(image(1)), batcher.infer(image(1)))
     # The run under way ends at 1.0, two images at 3.0, two more by 5.8, less a tenth for the way.
     with pytest.raises(DeadlineExceededError):
-        await batcher.infer(image(2), deadline_s=6.0)
+        await asyncio.wait_for(batcher.infer(image(2), deadline_s=6.0), timeout=10)
     running += await queue(batcher, batcher.infer(image(3), deadline_s=6.5))
     backend.permits.release(3)
     await asyncio.gather(*running)
