@@ -1,6 +1,5 @@
 """What can be classified: a folder, a glob, a list of paths, a tar, a Parquet file, an array."""
 
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -52,10 +51,7 @@ class Input:
         shard = f"{self.shard.index}/{self.shard.count}"
         state: dict[str, object] = {"input": where, "shard": shard}
         if self._kind() in ("tar", "npy", "parquet"):
-            try:
-                found = os.stat(self.name)
-            except OSError as error:
-                raise InputError(f"{self.name}: {error.strerror}") from error
+            found = self._stat()
             state |= {"size_bytes": found.st_size, "modified_ns": found.st_mtime_ns}
             state |= {"image_column": self.image_column, "key_column": self.key_column}
         return state
@@ -64,11 +60,10 @@ class Input:
         """Looks whether it is there; what it holds shows when it is opened.
 
         Raises:
-            InputError: Nothing has this name.
+            InputError: Nothing has this name; a pattern is no name.
         """
-        path = Path(self.name)
-        if self._kind() == "list" and not path.exists():
-            raise InputError(f"{path}: {os.strerror(errno.ENOENT)}")
+        if self._kind() != "glob":
+            self._stat()
 
     def open(self, folder: Path) -> Source:
         """Opens it.
@@ -89,6 +84,12 @@ class Input:
                 return ParquetColumn.open(path, self.image_column, self.key_column, self.shard)
             case _:
                 return self._file_list(folder / "inputs")
+
+    def _stat(self) -> os.stat_result:
+        try:
+            return os.stat(self.name)
+        except OSError as error:
+            raise InputError(f"{self.name}: {error.strerror}") from error
 
     def _kind(self) -> str:
         path = Path(self.name)

@@ -1,9 +1,9 @@
 """Dynamic batching: requests that wait together run together.
 
 There is no timer under load. Each model instance is a thread that, whenever it is free, takes what
-is queued, up to `max_batch_size` images: the device never waits while a request waits, and batches
-grow by themselves when it falls behind. A `max_queue_delay_s` above zero lets a free instance wait
-for a fuller batch, counted from the oldest request.
+is queued, up to the size that pays for so long a queue: the device never waits while a request
+waits, and batches grow by themselves when it falls behind. A `max_queue_delay_s` above zero lets a
+free instance wait for a fuller batch, counted from the oldest request.
 """
 
 import asyncio
@@ -185,6 +185,9 @@ class DynamicBatcher:
         except asyncio.CancelledError:
             self._delivery.forget(request)
             raise
+        finally:
+            # It knows an error that knows this frame; see `_enqueue`.
+            del request
         if self.tap is not None:
             self.tap(images, prediction)
         return prediction

@@ -50,6 +50,9 @@ class RemoteRequests:
         except asyncio.CancelledError:
             self._send(Cancel(number))
             raise
+        finally:
+            # It knows an error that knows this frame: pixels would wait for the garbage collector.
+            del future
 
     def answered(self, message: Answered | Refused) -> None:
         """The owner has let go of a request's pixels."""

@@ -111,6 +111,26 @@ async def test_a_refused_request_leaves_nothing_to_the_garbage_collector(make):
         gc.enable()
 
 
+async def test_nor_does_one_that_was_given_up_while_it_waited(make, backend, clock):
+    batcher = make()
+    running = await queue(batcher, batcher.infer(image(0)))
+    await backend.wait_for_run()
+    images = image(1)
+    pixels = weakref.ref(images)
+    late = await queue(batcher, batcher.infer(images, deadline_s=5.0))
+    clock.now_s = 10.0
+    gc.disable()
+    try:
+        backend.permits.release()
+        await asyncio.wait([*running, *late])
+        assert isinstance(late[0].exception(), DeadlineExceededError)
+        del images, late
+        await asyncio.sleep(0)
+        assert pixels() is None
+    finally:
+        gc.enable()
+
+
 async def test_a_full_queue_refuses_at_once_and_recovers(make, backend):
     batcher = make(max_batch_size=4, max_queue_size=4)
     running = await queue(batcher, batcher.infer(image(0)))

@@ -31,7 +31,7 @@ SHAPE = (1, 1, 3)
 MAX_BATCH = 4
 LIMITS = BatchingLimits(
     MAX_BATCH,
-    max_queue_size=40,
+    max_queue_size=28,
     instances=3,
     max_client_share=0.5,
     hang_timeout_s=1e9,

@@ -1,0 +1,34 @@
+"""A front end's requests to the owner of the device."""
+
+import asyncio
+import gc
+import mmap
+import weakref
+
+import numpy as np
+
+from server.errors import DeadlineExceededError
+from server.frontends.arena import Arena
+from server.frontends.messages import Infer, Refused
+from server.frontends.remote import RemoteRequests
+
+
+async def test_a_refused_request_leaves_nothing_to_the_garbage_collector():
+    sent: list[object] = []
+    requests = RemoteRequests(sent.append, Arena(mmap.mmap(-1, 1 << 20)))
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    pixels = weakref.ref(images)
+    call = asyncio.ensure_future(requests.infer(1, images, 5.0, 0, ""))
+    await asyncio.sleep(0)
+    (asked,) = sent
+    assert isinstance(asked, Infer)
+    gc.disable()
+    try:
+        requests.answered(Refused(asked.number, DeadlineExceededError("late")))
+        await asyncio.wait([call])
+        assert isinstance(call.exception(), DeadlineExceededError)
+        del images, call
+        await asyncio.sleep(0)
+        assert pixels() is None
+    finally:
+        gc.enable()
