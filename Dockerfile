@@ -50,6 +50,8 @@ ENV PATH=/app/bin:/opt/convoy/bin:${PATH} \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
+    ORT_DISABLE_TELEMETRY=1 \
+    RAY_USAGE_STATS_ENABLED=0 \
     HOME=/tmp
 WORKDIR /tmp
 # By number, so that Kubernetes can see that it is not root.
@@ -72,7 +74,7 @@ LABEL org.opencontainers.image.title="convoy-client" \
 
 FROM builder AS server-dependencies
 ARG RUNTIME=server
-RUN uv pip install --requirements pyproject.toml --extra ${RUNTIME} \
+RUN uv pip install --requirements pyproject.toml --extra ${RUNTIME} --extra cloud \
       --constraint requirements.lock --constraint requirements-cpu.lock
 
 
@@ -80,12 +82,14 @@ RUN uv pip install --requirements pyproject.toml --extra ${RUNTIME} \
 # are published.
 FROM runtime AS server-runtime
 ENV CONVOY_HOST=0.0.0.0 \
+    CONVOY_METRICS_HOST=0.0.0.0 \
     CONVOY_REPOSITORY=/models \
     CONVOY_LOG_FORMAT=json \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 EXPOSE 8001 8002
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 CMD ["convoy-client", "health"]
+COPY deploy/healthy /usr/local/bin/healthy
+HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 CMD ["healthy"]
 ENTRYPOINT ["convoy-server"]
 
 
@@ -102,8 +106,10 @@ LABEL org.opencontainers.image.title="convoy-server" \
 
 FROM server-dependencies AS torch-dependencies
 ARG RUNTIME=server
+COPY deploy/cpu-only /
 RUN uv pip install --requirements pyproject.toml --extra ${RUNTIME} --extra torch \
-      --constraint requirements.lock --constraint requirements-cpu.lock
+      --constraint requirements.lock --constraint requirements-cpu.lock \
+ && if [ "${RUNTIME}" = cpu ]; then /cpu-only "${VIRTUAL_ENV}"; fi
 
 
 FROM torch-dependencies AS trainer-dependencies

@@ -5,10 +5,13 @@ UV_VERSION := 0.13.9
 PARTS := server training export clients
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test ray-test torch-test soak compose-test lint fmt proto lock clean
+.PHONY: help docs dist demo bench check test ray-test batch-test spark-test torch-test chart model-zoo soak compose-test screenshots sbom audit digests lint fmt proto lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# Without its bytecode, torch takes three times as long to import, in each of the tests' processes.
+unexport PYTHONDONTWRITEBYTECODE
 
 .venv/.installed: requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -18,15 +21,43 @@ help:  ## list the targets
 	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet --no-deps --editable .
 	touch $@
 
-demo: .venv/.installed  ## train, export, serve and classify real digits, start to end
-	$(BIN)/python -m tests.demo
+demo: .venv/.installed  ## train, export, serve and classify real digits; leaves all in the folder demo
+	$(BIN)/python examples/demo.py
 
-test: .venv/.installed  ## run the tests
-	$(BIN)/pytest
+PIP := VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip
+
+docs: .venv/.installed  ## build the documentation site in build/site; warnings are errors
+	$(PIP) install --quiet --require-hashes -r requirements-docs.lock
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: .venv/.installed  ## build the distributions in dist/ and check them
+	$(PIP) install --quiet --group dist
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+
+# Each worker runs whole modules, so that a server started for a module is started once.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope
+
+check: lint  ## format, lint, types and the fast tests: the loop of a change
+	$(PYTEST) -m 'not slow and not compose and not alone'
+
+test: .venv/.installed  ## run all tests
+	$(PYTEST) -m 'not compose and not alone'
+	$(BIN)/pytest -m alone
 
 ray-test: .venv/.installed  ## run the tests of the ray engine on a cluster of two local nodes
 	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet --editable '.[ray]'
 	$(BIN)/pytest tests/clients/test_batch_ray.py
+
+batch-test: .venv/.installed  ## a batch job of 60,000 images with kills, in all engines
+	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet --editable '.[ray]'
+	TEST_IMAGES=60000 $(BIN)/pytest -s tests/clients/test_batch_accounting.py
+
+spark-test: .venv/.installed  ## run the example for Spark; needs Java
+	VIRTUAL_ENV=$(CURDIR)/.venv UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet pyspark pandas
+	$(BIN)/pytest -k spark tests/clients/test_examples.py
 
 TORCH ?= 2.11
 TESTS ?= tests/export
@@ -39,12 +70,51 @@ torch-test: .venv/.installed  ## run TESTS under another release of torch: TORCH
 	  --constraint build/torch-$(TORCH)/locked.txt --group dev --editable '.[all]' 'torch==$(TORCH).*'
 	build/torch-$(TORCH)/bin/pytest $(TESTS)
 
+model-zoo: .venv/.installed  ## publish, serve and compare real nets in every format; hours, resumes
+	$(BIN)/python -m benchmarks.model_zoo --document docs/models.md
+
+chart: .venv/.installed  ## lint and render the Helm chart; installs Helm's engine in build/helm
+	test -x build/helm/bin/python || $(BIN)/uv venv --quiet build/helm
+	VIRTUAL_ENV=$(CURDIR)/build/helm UV_NO_CONFIG=1 $(BIN)/uv pip install --quiet helm-python-sdk==0.2.2
+	build/helm/bin/python tests/deploy/render_chart.py
+	$(BIN)/pytest tests/deploy/test_chart.py
+
 MINUTES ?= 10
 soak: .venv/.installed  ## minutes of load with cancels and swaps; memory must stay flat
 	$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES)
 
 compose-test: .venv/.installed  ## build and run the container stack; skips without a Docker engine
 	$(BIN)/pytest -m compose tests/deploy/test_compose.py
+
+COMPILE := UV_NO_CONFIG=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header
+
+# The extras of each image in the Dockerfile; for the runtime of a CPU: make sbom RUNTIME=cpu.
+RUNTIME ?= server
+EXTRAS_server := --extra $(RUNTIME) --extra cloud
+EXTRAS_trainer := --extra $(RUNTIME) --extra cloud --extra torch --extra train --extra export
+EXTRAS_client := --extra batch
+IMAGES := server trainer client
+
+build/sbom/$(RUNTIME)/%.txt: pyproject.toml requirements.lock requirements-cpu.lock .venv/.installed
+	mkdir -p $(@D)
+	$(COMPILE) pyproject.toml $(EXTRAS_$*) --constraint requirements.lock \
+	  --constraint requirements-cpu.lock --output-file $@
+
+sbom: $(IMAGES:%=build/sbom/$(RUNTIME)/%.txt)  ## list the packages of each image in build/sbom, as CycloneDX
+	for image in $(IMAGES); do $(BIN)/uv tool run --quiet --from 'cyclonedx-bom>=7,<8' cyclonedx-py \
+	  requirements build/sbom/$(RUNTIME)/$$image.txt --output-file build/sbom/$(RUNTIME)/$$image.cdx.json || exit; done
+
+audit: $(IMAGES:%=build/sbom/$(RUNTIME)/%.txt)  ## look the packages of each image up in the database of vulnerabilities
+	for image in $(IMAGES); do $(BIN)/uv tool run --quiet 'pip-audit>=2.9,<3' --disable-pip \
+	  --require-hashes --requirement build/sbom/$(RUNTIME)/$$image.txt || failed=1; done; exit $${failed:-0}
+
+digests:  ## print the stack's base images with their digests, for .env; pull them first
+	@sed -n 's/^\([A-Z]*_IMAGE\)=\([^@]*\).*/\1 \2/p' .env.example | while read -r name image; do \
+	  echo "$$name=$${image%@*}@$$(docker image inspect --format '{{index .RepoDigests 0}}' $$image | cut -d@ -f2)"; done
+
+screenshots: .venv/.installed  ## draw the pictures of the page in docs/images; takes five minutes
+	SCREENSHOTS=docs/images $(BIN)/pytest --timeout 600 tests/e2e/test_page.py -k screenshots
 
 BENCH := build/bench
 # Random weights do; a net is as fast with them. Each model has a repository of its own.
@@ -84,26 +154,25 @@ bench: .venv/.installed $(BENCH)/.models  ## measure the server beside raw ONNX 
 	  --large $(BENCH)/resnet18/resnet18/1 --seconds 3
 	$(BIN)/python -m benchmarks.repository_polling
 
-lint: .venv/.installed  ## format, lint, types, architecture, stubs in sync
+lint: .venv/.installed  ## format, lint, spelling, types, architecture, stubs in sync
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python proto/generate.py --check
 
-fmt: .venv/.installed  ## format the code and mend what ruff can mend
+fmt: .venv/.installed  ## format the code and apply the fixes of ruff
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 proto: .venv/.installed  ## regenerate the stubs in proto/gen
 	$(BIN)/python proto/generate.py
 
-COMPILE := UV_NO_CONFIG=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
-	  --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml
-
 lock: .venv/.installed  ## resolve the hashed locks anew
-	$(COMPILE) --extra all --group dev --output-file requirements.lock
-	$(COMPILE) --extra cpu --constraint requirements.lock --output-file requirements-cpu.lock
+	$(COMPILE) pyproject.toml --extra all --extra cloud --group dev --output-file requirements.lock
+	$(COMPILE) pyproject.toml --extra cpu --constraint requirements.lock --output-file requirements-cpu.lock
+	$(COMPILE) --group docs --constraint requirements.lock --output-file requirements-docs.lock
 
 clean:  ## remove the environment and what the tools left
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache runs models build dist
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache runs models demo build dist

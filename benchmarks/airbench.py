@@ -3,10 +3,10 @@
     python -m benchmarks.airbench DATA --device cuda --seeds 5 [--recipe fast] [--epochs 8]
         [--airbench cifar10-airbench/airbench94_muon.py]
 
-Its code (github.com/KellerJordan/cifar10-airbench) is no part of Convoy: give the path of a copy.
-It runs unchanged, on CUDA only, in a process of its own, on our training images and, in the place
-of its test images, our validation images, after a warm-up run that compiles. Its seconds are of
-training alone, as it counts them; ours include the validation after each epoch.
+Its code (github.com/KellerJordan/cifar10-airbench) is not part of Convoy: give the path of a copy.
+It runs unchanged, on CUDA only, in its own process, after a warm-up run that compiles. It trains on
+our training images and tests on our validation images. Its seconds are those of training alone, as
+it counts them; ours include the validation after each epoch.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
-from training.console import find_device
-from training.data import load_data
-from training.loop import EpochResult
-from training.recipe import load_recipe
-from training.run import Progress, RunOptions, run
+from convoy.training.console import find_device
+from convoy.training.data import load_data
+from convoy.training.loop import EpochResult
+from convoy.training.recipe import load_recipe
+from convoy.training.run import Progress, RunOptions, run
 
 TARGET = 0.94
 Epochs = dict[int, list[tuple[float, float]]]
@@ -48,7 +48,7 @@ for seed in range(int(sys.argv[2])):
 
 
 class Watch:
-    """Notes each epoch of a run, counted from when the data are loaded and the net is made."""
+    """Records each epoch of a run; time starts when the data are loaded and the net is created."""
 
     def __init__(self, found: Epochs) -> None:
         self._found = found
@@ -102,7 +102,7 @@ def train_theirs(arguments: argparse.Namespace) -> Epochs:
 
 
 def write_theirs(spec: str, folder: Path) -> None:
-    """Writes the two files that its loader looks for before it downloads anything."""
+    """Write the two files that its loader looks for before it downloads anything."""
     folder.mkdir()
     data = load_data(spec)
     for name, part in (("train", data.train), ("test", data.valid)):
@@ -112,7 +112,7 @@ def write_theirs(spec: str, folder: Path) -> None:
 
 
 def parse_theirs(lines: Iterable[str]) -> Epochs:
-    """Reads its table `| run | epoch | train_acc | val_acc | tta_val_acc | time_seconds |`."""
+    """Read its table `| run | epoch | train_acc | val_acc | tta_val_acc | time_seconds |`."""
     found: Epochs = defaultdict(list)
     counts = False
     for line in lines:

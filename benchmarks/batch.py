@@ -5,13 +5,13 @@
     python -m benchmarks.batch memory FOLDER --repository MODELS [--rows 1000000]
 
 `speed` runs, in turns: decoding alone, in as many processes as there are processors; ONNX Runtime
-alone, on decoded pixels, with the batch size and threads of the engine; a job with `--engine
-local`; a job with `--engine grpc` and a server on the same processors. Reading files is part of
-decoding, writing the table is part of a job. The bound for `local` is decoding plus ONNX Runtime,
-one after the other, each on all processors.
+alone, on decoded pixels, with the batch size, threads and concurrent runs of the engine; a job with
+`--engine local`; a job with `--engine grpc` and a server on the same processors. Reading files is
+part of decoding, writing the table is part of a job. The bound for `local` is decoding plus ONNX
+Runtime, one after the other, each on all processors.
 
-`memory` lists the images again and again until there are so many rows, and reads the resident
-memory of the process while it runs.
+`memory` repeats the images until the list has `--rows` rows, and reads the resident memory of the
+process while it runs.
 """
 
 import argparse
@@ -25,11 +25,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from clients.batch import (
+from convoy.client.batch import (
     BatchJob,
     Engine,
     GrpcEngine,
@@ -40,15 +40,15 @@ from clients.batch import (
     RemoteModel,
     run_batch,
 )
-from clients.batch.decoding import Preprocessing, decode_batch
-from clients.batch.rows import Item, batched
+from convoy.client.batch.decoding import Preprocessing, decode_batch
+from convoy.client.batch.items import Item, batched
 from tests.processes import running_server
 
 BATCH_SIZE = 64
 
 
 def list_images(folder: Path, count: int, listing: Path) -> None:
-    """Writes a list of `count` images below a folder, the same ones again if they are fewer."""
+    """Write a list of `count` images below a folder, the same ones again if they are fewer."""
     found = sorted(path for path in folder.rglob("*") if path.suffix == ".jpg")
     listing.write_text("".join(f"{p}\n" for p in itertools.islice(itertools.cycle(found), count)))
 
@@ -82,13 +82,14 @@ def measure_speed(arguments: argparse.Namespace, listing: Path) -> None:
     flags = ("--device", arguments.device, *arguments.server_flags.split())
     with (
         ProcessPoolExecutor(processes, spawn) as pool,
+        ThreadPoolExecutor(predictor.instances) as device,
         running_server(arguments.repository, *flags) as server,
     ):
         work = partial(decode, predictor.steps)
         remote = RemoteModel(server.address, predictor_name(predictor), 0, 1, 30.0, 256, 60.0)
         candidates: dict[str, Callable[[], float]] = {
             "decoding": lambda: timed(lambda: sum(pool.map(work, chunks))),
-            "ONNX Runtime": lambda: timed(lambda: [predictor.run(batch) for batch in decoded]),
+            "ONNX Runtime": lambda: timed(lambda: list(device.map(predictor.run, decoded))),
             "local": lambda: job_s(listing, LocalEngine(predictor, BATCH_SIZE, 0), ".csv"),
             "grpc": lambda: job_s(listing, GrpcEngine(remote), ".csv"),
         }
@@ -122,7 +123,7 @@ def show(name: str, values: Sequence[float], form: str = "{:.2f}") -> None:
 def measure_memory(arguments: argparse.Namespace, listing: Path) -> None:
     list_images(arguments.folder, arguments.rows, listing)
     out = listing.with_name("out.csv")
-    command = [sys.executable, "-m", "clients", "batch", str(listing), "--out", str(out)]
+    command = [sys.executable, "-m", "convoy.client", "batch", str(listing), "--out", str(out)]
     command += ["--engine", "local", "--repository", str(arguments.repository)]
     journal = out.with_name("out.csv.parts") / "journal"
     with subprocess.Popen(command) as process:

@@ -1,4 +1,4 @@
-"""Servers that are measured beside one another: those started here, and those that run already."""
+"""The servers of a comparison: those started here, and those that already run."""
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ REST = "convoy, binary REST"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A server, and how it is asked.
+    """A server, and how requests are sent to it.
 
     Attributes:
         request: Over HTTP; the Open Inference Protocol's gRPC where there is none.
@@ -31,12 +31,12 @@ class Candidate:
         return loads.run(self.server, self.load, *flags, request=self.request)
 
     def closed(self, concurrency: str, _number: int) -> Run:
-        """Measures it with so many requests under way, in any round."""
+        """Measures it with this many requests in flight, in any round."""
         return self.measure("--concurrency", concurrency)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what every comparison can be told."""
+    """Add the options of every comparison."""
     parser.add_argument("models", help="a model repository")
     parser.add_argument("model", help="its model; version 1 is served as ONNX")
     parser.add_argument("--rounds", type=int, default=5, help="undisturbed ones of each load")
@@ -72,23 +72,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def turns(arguments: argparse.Namespace) -> Turns:
-    """Returns how many rounds the options ask for."""
+    """Return how many rounds the options ask for."""
     return Turns(arguments.rounds, arguments.tries, arguments.calm, arguments.limit_s)
 
 
 def load_of(arguments: argparse.Namespace, images: int = 1) -> Load:
-    """Returns what the options say is sent."""
+    """Return the requests that the options describe."""
     return Load(arguments.model, images, arguments.seconds, arguments.warmup_s, arguments.slo_ms)
 
 
 def convoy_command(models: str, flags: str) -> list[str]:
-    """Returns how this project's server is started."""
-    command = ["server", "--repository", models, "--port", "0", "--http-port", "0"]
+    """Return how this project's server is started."""
+    command = ["convoy.server", "--repository", models, "--port", "0", "--metrics-port", "0"]
     return [*command, "--log-format", "json", *flags.split()]
 
 
 def externals(arguments: argparse.Namespace, load: Load) -> dict[str, Candidate]:
-    """Returns the servers that run already, by name."""
+    """Return the servers that already run, by name."""
     found = {}
     for name, where, pid in map(_parse, arguments.external):
         found[name] = Candidate(Server(where, pid, float("nan")), load)
@@ -99,9 +99,9 @@ def externals(arguments: argparse.Namespace, load: Load) -> dict[str, Candidate]
 
 
 def over_rest(candidate: Candidate, arguments: argparse.Namespace) -> Candidate:
-    """Returns a Convoy server that is asked for the same by binary REST."""
+    """Return a Convoy server that is asked for the same by binary REST."""
     height_px, width_px = arguments.size_px
-    url = f"{candidate.server.http}/v2/models/{arguments.model}/infer"
+    url = f"{candidate.server.url}/v2/models/{arguments.model}/infer"
     shape = f"{candidate.load.images},{height_px},{width_px},3"
     request = HttpRequest(url, f"UINT8:{shape}", "image")
     return Candidate(candidate.server, candidate.load, request)
@@ -117,7 +117,7 @@ def _parse(text: str) -> tuple[str, str, int]:
 def started(
     commands: Mapping[str, Sequence[str]], load: Load, others: Mapping[str, Candidate]
 ) -> Iterator[dict[str, Candidate]]:
-    """Starts servers of the protocol, all at once, and ends them."""
+    """Start servers of the protocol, all at once, and end them."""
     with ExitStack() as stack:
         found = {
             name: Candidate(stack.enter_context(serving(command)), load)

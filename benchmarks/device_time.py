@@ -1,4 +1,4 @@
-"""Where a batch's time goes on a device: the device's own work, the copies, and the host.
+"""The time of a batch on a device: the device's own work, the copies, and the host.
 
     python -m benchmarks.device_time MODELS/NAME/1 --device cuda --precision fp16 [--cuda-graphs]
 
@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from server.backends import Backend, load_backend
-from server.backends.devices import choose_device
-from server.backends.runtimes import Runtime
-from server.manifest import Manifest, read_manifest
-from server.repository import ModelVersion
+from convoy.server.backends.base import Backend, load_backend
+from convoy.server.backends.device import CudaOptions, Runtime, choose_device
+from convoy.server.backends.torch import TorchScriptBackend
+from convoy.server.models.manifest import Manifest
+from convoy.server.models.repository import ModelVersion, read_manifest
 
 RUNS = 20
 WARM_RUNS = 5
@@ -38,6 +38,7 @@ def main() -> None:
     manifest = read_manifest(arguments.version)
     onnx = load(manifest, arguments, Runtime.ONNX_RUNTIME)
     torchscript = load(manifest, arguments, Runtime.TORCHSCRIPT)
+    assert isinstance(torchscript, TorchScriptBackend)
     print(f"{manifest.name}, {arguments.precision}, {onnx.provider}, {torchscript.provider}")
     print("batch        run  images/s  torchscript     device         to       from")
     for size in map(int, arguments.batches.split(",")):
@@ -47,7 +48,7 @@ def main() -> None:
         run_ms = median_ms(lambda batch=images: onnx.run(batch))
         others = (
             median_ms(lambda batch=images: torchscript.run(batch)),
-            device_ms(lambda batch=resident: torchscript._module(batch), arguments.device),
+            device_ms(lambda batch=resident: torchscript._runner._module(batch), arguments.device),
             median_ms(lambda batch=images: copy_to(batch, arguments.device)),
             median_ms(outputs.cpu),
         )
@@ -56,10 +57,11 @@ def main() -> None:
 
 
 def load(manifest: Manifest, arguments: argparse.Namespace, runtime: Runtime) -> Backend:
-    record = manifest.artefact(runtime.format, arguments.precision).file
+    record = manifest.artifact(runtime.format, arguments.precision).file
     file = ModelVersion(arguments.version, manifest).read(record)
     device = choose_device(arguments.device)
-    return load_backend(runtime, file, device, 1, arguments.cuda_graphs)
+    cuda = CudaOptions(tf32=arguments.precision == "tf32", graphs=arguments.cuda_graphs)
+    return load_backend(runtime, file, device, 1, cuda)
 
 
 def copy_to(images: np.ndarray, device: str) -> None:
@@ -95,7 +97,7 @@ def event_ms(call: Callable[[], object]) -> float:
 
 
 def warm(call: Callable[[], object]) -> range:
-    """Calls it a few times and returns the runs that then count."""
+    """Call it a few times and return the runs that then count."""
     for _ in range(WARM_RUNS):
         call()
     return range(RUNS)

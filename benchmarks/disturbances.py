@@ -1,4 +1,4 @@
-"""What must not slow a server down: a thousand idle connections, and a large model that loads.
+"""Disturbances that must not slow down a server: idle connections, and the load of a large model.
 
     python -m benchmarks.disturbances MODELS small --large OTHER_MODELS/resnet18/1
 
@@ -29,27 +29,28 @@ from benchmarks.rounds import Round, Run, Turns, by_candidate
 from benchmarks.tables import spread, table
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
-from server.transport import frames
 
 CONNECTIONS = 1000
+# HTTP/2's preface and an empty SETTINGS frame (RFC 9113, section 3.4).
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _WARM_S = 1.5
 _PATIENCE_S = 120.0
 
 
 @contextmanager
 def idle_connections(address: str) -> Iterator[None]:
-    """Holds connections that greeted and ask for nothing."""
+    """Hold connections that sent the preface and no request."""
     host, _, port = address.rpartition(":")
     with contextlib.ExitStack() as stack:
         for _ in range(CONNECTIONS):
             peer = stack.enter_context(socket.create_connection((host, int(port))))
-            peer.sendall(frames.PREFACE + frames.settings({}))
+            peer.sendall(_GREETING)
         yield
 
 
 @contextmanager
 def large_model(address: str, models: Path, version: Path) -> Iterator[None]:
-    """Publishes a model while the load runs, sees it served, and takes it away."""
+    """Publish a model while the load runs, wait until it is served, and remove it."""
     name = version.parent.name
     with tempfile.TemporaryDirectory(dir=models.parent) as aside:
         copy = Path(aside) / name
@@ -130,8 +131,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
         shutil.copytree(arguments.models / arguments.model, models / arguments.model)
-        command = ["server", "--repository", str(models), "--device", "cpu", "--poll-s", "0.2"]
-        command += ["--port", "0", "--http-port", "0", "--log-format", "json"]
+        command = [
+            "convoy.server",
+            "--repository",
+            str(models),
+            "--device",
+            "cpu",
+            "--poll-s",
+            "0.2",
+        ]
+        command += ["--poll-s", "0.2", "--port", "0", "--metrics-port", "0", "--log-format", "json"]
         with serving(command) as server:
             idle = measure(server, arguments, lambda: idle_connections(server.address))
             loading = measure(

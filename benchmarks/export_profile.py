@@ -2,7 +2,7 @@
 
     python -m benchmarks.export_profile [--threads 1] [--batches 1,32] [NET …]
 
-Each cell is microseconds an image in all nodes of an operator, as the optimised graph has them. Of
+Each cell is microseconds an image in all nodes of an operator, as the optimized graph has them. Of
 ONNX Runtime it is the median of the runs, and what no node accounts for is the row `between nodes`;
 of OpenVINO it is the last run. Profiling itself takes time, most at batch 1.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.export_speed import compile_openvino, session, write_artefacts
+from benchmarks.export_speed import compile_openvino, session, write_artifacts
 
 RUNS = 30
 # Operators that take less, at every batch size, are left out.
@@ -34,7 +34,7 @@ def main() -> None:
     batches = [int(size) for size in arguments.batches.split(",")]
     for name in arguments.nets:
         with tempfile.TemporaryDirectory() as folder:
-            _, images = write_artefacts(name, Path(folder), max(batches))
+            _, images = write_artifacts(name, Path(folder), max(batches))
             for file in ("model.onnx", "model.int8.onnx"):
                 profiles = {
                     size: profile(Path(folder) / file, images[:size], arguments.threads)
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def profile(path: Path, images: np.ndarray, threads: int) -> Profile:
-    """Returns microseconds an image by operator."""
+    """Return microseconds an image by operator."""
     run = session(path, threads, profile_prefix=str(path.parent / "profile"))
     for _ in range(RUNS + 1):
         run.run(None, {"image": images})
@@ -62,7 +62,7 @@ def profile(path: Path, images: np.ndarray, threads: int) -> Profile:
 
 
 def profile_openvino(path: Path, images: np.ndarray, threads: int) -> Profile:
-    """Returns microseconds an image by operator, of the float32 graph."""
+    """Return microseconds an image by operator, of the float32 graph."""
     request = compile_openvino(path, images, threads, profiled=True).create_infer_request()
     for _ in range(RUNS):
         request.infer([images])
@@ -75,7 +75,7 @@ def profile_openvino(path: Path, images: np.ndarray, threads: int) -> Profile:
 
 
 def runs_of(events: list[dict]) -> list[Profile]:
-    """Splits a trace into its runs; a run's event follows those of its nodes."""
+    """Split a trace into its runs; a run's event follows those of its nodes."""
     runs: list[Profile] = []
     nodes: Profile = defaultdict(float)
     for event in events:

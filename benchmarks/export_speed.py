@@ -1,11 +1,12 @@
-"""Times the artefacts of a net beside what else could run it, in alternating rounds.
+"""Times the artifacts of a net and its alternatives, in alternating rounds.
 
     python -m benchmarks.export_speed [--threads 2] [--rounds 7] [--without-torch] [NET …]
 
 Every candidate maps the same uint8 images to logits and probabilities, on as many threads. Weights
-are random, which no runtime's speed depends on. Each round times every candidate once, after a call
-that is not timed, so a ratio compares moments that lie close together. A round in which other
-processes kept more than 0.15 of a processor busy does not count and is tried again, a few times.
+are random; the speed of a runtime does not depend on them. Each round times every candidate once,
+after a call that is not timed, so a ratio compares moments that lie close together. A round in
+which other processes kept more than 0.15 of a processor busy does not count and is tried again, a
+few times.
 """
 
 import argparse
@@ -19,17 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+import openvino
 import torch
 
 from benchmarks.processes import OtherWork
-from export import aot_inductor, int8, onnx_format, torchscript
-from export.servable import Servable
-from server.backends import Backend, load_backend
-from server.backends.devices import Device
-from server.backends.openvino_import import openvino
-from server.backends.runtimes import Runtime
-from server.repository import VerifiedFile
-from training import nets
+from convoy.export import int8, onnx_format, torch_export, torchscript
+from convoy.export.servable import Servable
+from convoy.server.backends.base import Backend, load_backend
+from convoy.server.backends.device import Device, Runtime
+from convoy.server.models.repository import VerifiedFile
+from convoy.training import nets
 
 Call = Callable[[], object]
 
@@ -37,7 +37,7 @@ MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 IMAGE_SIZES_PX = {"net": 32, "net_res_deep": 32, "airbench": 32, "resnet18": 224}
 BATCH_SIZES = (1, 32)
 BASE = "onnx"
-# A candidate is called so long in each round, and at least once.
+# How long a candidate is called in each round; at least once.
 TIMED_S = 0.15
 MOST_OTHERS = 0.15
 TRIES = 4
@@ -64,9 +64,9 @@ def main() -> None:
 def candidates(
     name: str, folder: Path, arguments: argparse.Namespace
 ) -> Iterator[tuple[int, dict[str, Call]]]:
-    """Yields for each batch size a call of every candidate, compiled and warm."""
+    """Yield for each batch size a call of every candidate, compiled and warm."""
     threads = arguments.threads
-    servable, images = write_artefacts(name, folder, max(BATCH_SIZES))
+    servable, images = write_artifacts(name, folder, max(BATCH_SIZES))
     by_torch = None if arguments.without_torch else torch_candidates(servable, images, folder)
     served = serve_openvino(folder / "model.onnx", threads)
     served_int8 = serve_openvino(folder / "model.int8.onnx", threads)
@@ -94,11 +94,11 @@ def candidates(
 def torch_candidates(
     servable: Servable, images: np.ndarray, folder: Path
 ) -> Callable[[np.ndarray], dict[str, Call]]:
-    """Returns what gives the calls of a batch by everything of torch's."""
+    """Return a function that makes the calls of a batch by each of torch's runtimes."""
     example = torch.from_numpy(images[:2])
     torchscript.write(servable, example, folder / "model.torchscript", {}, script=False)
-    aot_inductor.write(servable, example, folder / "model.aoti.pt2", {})
-    native = aot_inductor.load(folder / "model.aoti.pt2")
+    torch_export.write_package(servable, example, folder / "model.aoti.pt2", {})
+    native = torch_export.load_package(folder / "model.aoti.pt2")
     frozen = torchscript.load(folder / "model.torchscript")
     channels_last = copy.deepcopy(servable).to(memory_format=torch.channels_last)
     torch._dynamo.reset()
@@ -117,8 +117,8 @@ def torch_candidates(
     return calls
 
 
-def write_artefacts(name: str, folder: Path, count: int) -> tuple[Servable, np.ndarray]:
-    """Exports a net as model.onnx and model.int8.onnx; returns it, and as many images for it."""
+def write_artifacts(name: str, folder: Path, count: int) -> tuple[Servable, np.ndarray]:
+    """Export a net as model.onnx and model.int8.onnx; return it, and as many images for it."""
     size_px = IMAGE_SIZES_PX[name]
     torch.manual_seed(0)
     servable = Servable(nets.create(name).eval(), MEAN, STD, 1.0).eval()
@@ -130,7 +130,7 @@ def write_artefacts(name: str, folder: Path, count: int) -> tuple[Servable, np.n
 
 
 def session(path: Path, threads: int, profile_prefix: str = "") -> ort.InferenceSession:
-    """Opens a graph with the options of the server's backend."""
+    """Open a graph with the options of the server's backend."""
     options = ort.SessionOptions()
     options.enable_profiling = bool(profile_prefix)
     options.profile_file_prefix = profile_prefix
@@ -154,7 +154,7 @@ def compile_openvino(
 
 
 def serve_openvino(path: Path, threads: int) -> Backend:
-    """Loads the graph as `convoy-server --backend openvino` does, for batches of any size."""
+    """Load the graph as `convoy-server --backend openvino` does, for batches of any size."""
     file = VerifiedFile(path.name, path.read_bytes())
     return load_backend(Runtime.OPENVINO, file, Device("cpu"), threads)
 
@@ -165,7 +165,7 @@ def without_gradients(module: Callable[[torch.Tensor], object], images: torch.Te
 
 
 def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
-    """Returns seconds of one call by candidate and round."""
+    """Return seconds of one call by candidate and round."""
     for call in calls.values():
         call()
     counted: list[dict[str, float]] = []

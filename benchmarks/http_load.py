@@ -1,12 +1,12 @@
-r"""A load over HTTP/1.1 with bodies made beforehand; prints what came of it as JSON.
+r"""A load over HTTP/1.1 with bodies made in advance; prints the result as JSON.
 
     python -m benchmarks.http_load http://127.0.0.1:8002/v2/models/small/infer \
         --input image --tensor UINT8:1,32,32,3 --concurrency 32
     python -m benchmarks.http_load http://127.0.0.1:9000/inference --tensor FP32:3,32,32 --rate 500
 
 The body is a request of the Open Inference Protocol with its tensor in binary, or, without --input,
-the tensor alone. Each request under way has a connection of its own. Counted, and printed, as by
-`convoy-client bench`, with gRPC's names for what became of a request.
+the tensor alone. Each request in flight has its own connection. The counts and the output are those
+of `convoy-client bench`, with gRPC's names for the status of a request.
 """
 
 import argparse
@@ -22,11 +22,10 @@ import numpy as np
 import uvloop
 from grpc import StatusCode
 
-from clients.bench.arrivals import Poisson, Share
-from clients.bench.generator import Measurement
-from clients.bench.notes import Notes
-from clients.bench.plan import ClosedLoop, OpenLoop, Plan
-from clients.bench.report import run_as_json
+from convoy.client.bench.generator import Measurement
+from convoy.client.bench.plan import ClosedLoop, OpenLoop, Plan, Poisson, Share
+from convoy.client.bench.report import run_as_json
+from convoy.client.bench.worker import Recorder
 
 DIFFERENT_BODIES = 16
 DTYPES = {"UINT8": np.uint8, "FP32": np.float32}
@@ -35,7 +34,7 @@ MOST_UNDER_WAY = 2000
 
 
 def bodies(tensor: str, name: str) -> list[tuple[bytes, int]]:
-    """Returns bodies and the length of their JSON, 0 where they have none."""
+    """Return bodies and the length of their JSON, 0 where they have none."""
     datatype, _, lengths = tensor.partition(":")
     shape = [int(length) for length in lengths.split(",")]
     random = np.random.default_rng(0).random((DIFFERENT_BODIES, *shape))
@@ -50,7 +49,7 @@ def bodies(tensor: str, name: str) -> list[tuple[bytes, int]]:
 
 
 def requests(arguments: argparse.Namespace) -> list[bytes]:
-    """Returns whole requests as they go over the wire."""
+    """Return whole requests as they go over the wire."""
     url = urlsplit(arguments.url)
     found = []
     for body, head_bytes in bodies(arguments.tensor, arguments.input):
@@ -66,7 +65,7 @@ def requests(arguments: argparse.Namespace) -> list[bytes]:
 
 
 class Connection(asyncio.Protocol):
-    """Carries one request after the other."""
+    """Sends one request after the other."""
 
     def __init__(self, load: "HttpLoad") -> None:
         self._load = load
@@ -114,14 +113,14 @@ class HttpLoad:
         self._start_s = time.monotonic()
         self._end_s = self._start_s + plan.length_s
         begin_s = self._start_s + plan.warmup_s
-        self._notes = Notes(begin_s, self._end_s, plan.slo_s)
+        self._notes = Recorder(begin_s, self._end_s, plan.slo_s)
         self._free: list[Connection] = []
         # In the order of sending.
         self._under_way: dict[Connection, None] = {}
         self._broken = ""
 
     async def run(self) -> Measurement:
-        """Sends, waits for what is under way, and counts."""
+        """Send, wait for the requests in flight, and count."""
         cpu_s = time.process_time()
         if isinstance(self._plan.load, ClosedLoop):
             for _ in range(self._plan.load.concurrency):
@@ -137,17 +136,17 @@ class HttpLoad:
             connection.abort()
         if self._broken:
             raise SystemExit(f"{self._address.geturl()}: {self._broken} in a closed loop")
-        return Measurement.of(self._plan, [self._notes.tally(cores)])
+        return Measurement.of(self._plan, [self._notes.counts(cores)])
 
     def ended(self, connection: Connection, code: StatusCode, *, stays: bool) -> None:
-        """A connection has its answer, or is lost."""
+        """Note that a connection has its answer or is lost."""
         if connection not in self._under_way:
             if connection in self._free and not stays:
                 self._free.remove(connection)
             return
         del self._under_way[connection]
         now_s = time.monotonic()
-        self._notes.ended(connection.due_s, connection.sent_s, now_s, code)
+        self._notes.ended(connection.due_s, connection.sent_s, now_s, code, None)
         if isinstance(self._plan.load, OpenLoop):
             self._free += [connection] if stays else []
         elif code is not StatusCode.OK:
@@ -192,7 +191,11 @@ class HttpLoad:
                 return
             del self._under_way[oldest]
             self._notes.ended(
-                oldest.due_s, oldest.sent_s, time.monotonic(), StatusCode.DEADLINE_EXCEEDED
+                oldest.due_s,
+                oldest.sent_s,
+                time.monotonic(),
+                StatusCode.DEADLINE_EXCEEDED,
+                None,
             )
             oldest.abort()
 

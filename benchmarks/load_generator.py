@@ -1,4 +1,4 @@
-"""What `convoy-client bench` can offer: requests/s against a server that does nothing.
+"""The highest rate of `convoy-client bench`: requests/s against a server that does nothing.
 
     python -m benchmarks.load_generator --rounds 5
 
@@ -15,12 +15,19 @@ import sys
 
 import grpc
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from benchmarks.processes import cpu_seconds, serving
 from benchmarks.tables import spread, table
-from server.transport import GrpcServer, TransportLimits
+from convoy.server.edge.limits import ByteBudget, MessageLimits
+from convoy.server.edge.listener import Listener, ListenerOptions, open_port
+from convoy.server.grpc.context import GrpcBoundary
+from convoy.server.grpc.endpoint import GrpcEndpoint
+from convoy.server.metrics.requests import ServerMetrics
+from convoy.server.security.tokens import Tokens
 
 ECHO = ("benchmarks.load_generator", "--echo")
+_MAX_BYTES = 1024 * 1024
 
 
 class Nothing(grpc.GenericRpcHandler):
@@ -34,17 +41,24 @@ class Nothing(grpc.GenericRpcHandler):
 
 
 async def echo() -> None:
-    server = GrpcServer(TransportLimits())
-    server.add_generic_rpc_handlers([Nothing()])
-    port = server.listen("127.0.0.1", 0)
-    await server.start()
-    serving = {"event": "serving", "grpc": f"127.0.0.1:{port}"}
+    metrics = ServerMetrics(CollectorRegistry())
+    endpoint = GrpcEndpoint(
+        MessageLimits(_MAX_BYTES, _MAX_BYTES),
+        Tokens(None),
+        ByteBudget(64 * _MAX_BYTES),
+        GrpcBoundary(metrics),
+        metrics.calls,
+    )
+    endpoint.add_generic_rpc_handlers([Nothing()])
+    listener = Listener(open_port("127.0.0.1", 0), endpoint, ListenerOptions())
+    await listener.start()
+    serving = {"event": "serving", "address": f"127.0.0.1:{listener.port}"}
     print(json.dumps(serving), file=sys.stderr, flush=True)
     await asyncio.Event().wait()
 
 
 def measure(processes: int, concurrency: int, seconds: float) -> dict[str, float]:
-    command = [sys.executable, "-m", "clients", "bench", "--json", "--metrics", "none"]
+    command = [sys.executable, "-m", "convoy.client", "bench", "--json", "--metrics", "none"]
     command += ["--protocol", "oip", "--payload", "raw", "--model", "none"]
     command += ["--input", "image:UINT8:-1,32,32,3", "--concurrency", str(concurrency)]
     command += ["--processes", str(processes), "--duration-s", f"{seconds:g}", "--warmup-s", "0.5"]

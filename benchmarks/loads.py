@@ -1,4 +1,4 @@
-"""One load on one server: a load generator's run, with what everybody used of the machine."""
+"""One load on one server: the run of a load generator, with the processor time of all processes."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ _PATIENCE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What every candidate is given.
+    """The parameters that are common to all candidates.
 
     Attributes:
         images: In a request.
@@ -44,7 +44,7 @@ class HttpRequest:
 
 
 def run(server: Server, load: Load, *flags: str, request: HttpRequest | None = None) -> Run:
-    """Measures once; `other_cores` in it is what processes took that are no part of it.
+    """Measures once; `other_cores` is the load of processes outside the measurement.
 
     Args:
         server: Whose processor time is counted.
@@ -79,7 +79,15 @@ def run(server: Server, load: Load, *flags: str, request: HttpRequest | None = N
 
 
 def _over_grpc(server: Server, load: Load) -> list[str]:
-    command = ["clients", "bench", "--address", server.address, "--json", "--model", load.model]
+    command = [
+        "convoy.client",
+        "bench",
+        "--address",
+        server.address,
+        "--json",
+        "--model",
+        load.model,
+    ]
     command += ["--protocol", "oip", "--payload", "raw", "--images", str(load.images)]
     command += ["--metrics", "none", "--connections", "2", "--warmup-s", f"{load.warmup_s:g}"]
     return [*command, "--duration-s", f"{load.seconds:g}", *_limits(load)]
@@ -97,7 +105,7 @@ def _limits(load: Load) -> Sequence[str]:
 
 
 def _settle(server: Server) -> None:
-    """Waits until a server has done away with what nobody waits for any more."""
+    """Wait until a server has dropped the requests whose callers no longer wait."""
     until_s = time.monotonic() + _PATIENCE_S
     cores = 1.0
     while server.pid and cores > _IDLE_CORES and time.monotonic() < until_s:

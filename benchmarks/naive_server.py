@@ -1,8 +1,8 @@
-"""What one writes in an afternoon: grpc.aio, generated messages, one ONNX Runtime call a request.
+"""A minimal server: grpc.aio, generated messages, one ONNX Runtime call per request.
 
     python -m benchmarks.naive_server MODEL.onnx
 
-No batching, no validation, no deadlines, no metrics. It is what benchmarks/server.py compares with.
+No batching, no validation, no deadlines, no metrics. benchmarks/server.py compares Convoy with it.
 """
 
 import asyncio
@@ -54,7 +54,7 @@ async def main() -> None:
     inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    serving = {"event": "serving", "grpc": f"127.0.0.1:{port}"}
+    serving = {"event": "serving", "address": f"127.0.0.1:{port}"}
     print(json.dumps(serving), file=sys.stderr, flush=True)
     await server.wait_for_termination()
 

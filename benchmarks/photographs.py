@@ -1,4 +1,4 @@
-"""Makes what a benchmark at 224 x 224 needs where nothing can be downloaded: photographs and a net.
+"""Makes the data of a benchmark at 224 x 224 px without a download: photographs and a net.
 
     python -m benchmarks.photographs OUT --images 2000 --architecture resnet50
 
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from training import nets
+from convoy.training import nets
 
 NAMES = ("china", "flower")
 SHARES = {"train": 0.8, "test": 0.2}
@@ -49,7 +49,7 @@ def write_photographs(root: Path, count: int) -> None:
 
 
 def settle(net: torch.nn.Module) -> None:
-    """Gives batch norms the statistics of noise: untouched ones let the signal explode or die."""
+    """Set batch norms to the statistics of noise; with the initial ones the signal may diverge."""
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None

@@ -1,4 +1,4 @@
-"""Server processes under measurement, and what the kernel knows of them."""
+"""Server processes under measurement, and the kernel's figures for them."""
 
 import json
 import os
@@ -21,13 +21,13 @@ class Server:
     Attributes:
         pid: Of the process that started all of its others; 0 where it is not known.
         ready_s: From the start of the process until it served.
-        http: "http://HOST:PORT" where it has such a port.
+        url: "http://HOST:PORT" of its REST.
     """
 
     address: str
     pid: int
     ready_s: float
-    http: str = ""
+    url: str = ""
 
     @property
     def rss_mb(self) -> float:
@@ -54,10 +54,10 @@ def tree_seconds(pid: int) -> float:
 
 
 def _tree(root: int) -> list[int]:
-    """A process and its descendants."""
+    """Return a process and its descendants."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        # Processes end while one looks.
+        # A process may end meanwhile.
         with suppress(OSError):
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
@@ -94,14 +94,14 @@ def children_seconds() -> float:
 
 
 class OtherWork:
-    """How much of the machine other processes took since this was made."""
+    """The processor time that other processes used since its creation."""
 
     def __init__(self) -> None:
         self._began_s = time.monotonic()
         self._busy_s = _others_seconds()
 
     def processors(self) -> float:
-        """Returns how many processors they kept busy, on average."""
+        """Return how many processors they kept busy, on average."""
         return (_others_seconds() - self._busy_s) / (time.monotonic() - self._began_s)
 
 
@@ -111,7 +111,7 @@ def _others_seconds() -> float:
 
 @contextmanager
 def serving(command: Sequence[str]) -> Iterator[Server]:
-    """Starts `python -m COMMAND`, waits until it logs "serving", and ends it afterwards."""
+    """Start `python -m COMMAND`, wait until it logs "serving", and end it afterwards."""
     started_s = time.monotonic()
     with subprocess.Popen(
         [sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True
@@ -122,12 +122,12 @@ def serving(command: Sequence[str]) -> Iterator[Server]:
                 event = json.loads(line) if line.startswith("{") else {}
                 if event.get("event") == "serving":
                     ready_s = time.monotonic() - started_s
-                    http = f"http://{event.get('http', '')}"
-                    yield Server(event["grpc"], process.pid, ready_s, http)
+                    url = f"http://{event.get('rest', event['address'])}"
+                    yield Server(event["address"], process.pid, ready_s, url)
                     break
             else:
                 raise SystemExit(f"{command[0]} did not start")
         finally:
             process.terminate()
-            # Its log must not fill the pipe while it drains.
+            # Its log must not fill the pipe during the drain.
             process.stderr.read()

@@ -1,9 +1,9 @@
-"""What the processors could do: ONNX Runtime alone in a process, nothing served.
+"""The limit of the processors: ONNX Runtime alone in a process, without a server.
 
     python -m benchmarks.raw_onnx MODEL.onnx --batches 1,8,32 --streams 2
     python -m benchmarks.raw_onnx MODEL.onnx --batches 1,8,32 --binding
 
-Prints images a second by batch size as a JSON object. A stream is a thread that runs batches one
+Prints images/s by batch size as a JSON object. A stream is a thread that runs batches one
 after another on one processor.
 """
 
@@ -27,7 +27,7 @@ def open_session(path: str, threads: int) -> ort.InferenceSession:
 
 
 def runner(session: ort.InferenceSession, batch: int, binds: bool) -> Callable[[], object]:
-    """Returns what runs a batch once.
+    """Return a function that runs a batch once.
 
     Args:
         session: The model.

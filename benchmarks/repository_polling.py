@@ -1,9 +1,9 @@
-"""What a large repository costs a server that follows it: 200 models, each with 5 versions.
+"""The cost of following a large repository: 200 models, each with 5 versions.
 
     python -m benchmarks.repository_polling
 
 Prints how long a listing takes, and the latency of requests in the same process with and without a
-look into the repository every half second, in alternating rounds. Every model's newest version is
+scan of the repository every half second, in alternating rounds. Every model's newest version is
 loaded and served.
 """
 
@@ -19,17 +19,17 @@ from pathlib import Path
 import numpy as np
 import structlog
 
-from server.repository import ModelRepository
-from server.served_model import ServedModel
+from convoy.server.models.registry import ServedModel
+from convoy.server.models.repository import ModelRepository
 from tests.server.conftest import publish_version
-from tests.server.test_manager import IMAGE, Live
+from tests.server.models.test_manager import IMAGE, Live
 
 MODELS, VERSIONS = 200, 5
 ROUNDS, ROUND_S, EVERY_S = 7, 2.0, 0.5
 
 
 def publish_all(models: Path) -> None:
-    """Copies one hand-made version into all places, each with a manifest of its own."""
+    """Copy one hand-made version into all places, each with a manifest of its own."""
     first = publish_version(models / "model-0" / "1")
     manifest = json.loads((first / "manifest.json").read_text())
     for model in range(MODELS):
@@ -42,7 +42,7 @@ def publish_all(models: Path) -> None:
 
 
 async def latencies_ms(model: ServedModel, seconds: float) -> np.ndarray:
-    """Sends one request after the other for a time."""
+    """Send one request after the other for a time."""
     until_s = time.perf_counter() + seconds
     taken = []
     while (started_s := time.perf_counter()) < until_s:
@@ -52,11 +52,11 @@ async def latencies_ms(model: ServedModel, seconds: float) -> np.ndarray:
 
 
 async def measure(models: Path) -> None:
-    """Runs the rounds and prints medians with the smallest and largest of them."""
+    """Run the rounds and print medians with the smallest and largest of them."""
     live = Live(models)
     await live.manager.start()
     repository = ModelRepository(models)
-    model = live.catalogue.find("model-0")
+    model = live.models.find("model-0")
     listing, rounds = [], {"without": [], "with": []}
     for _ in range(ROUNDS):
         started_s = time.perf_counter()

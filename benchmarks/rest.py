@@ -1,7 +1,6 @@
-r"""Binary REST beside gRPC on the same server, and beside others that run already.
+r"""Binary REST compared with gRPC on the same server, and with other servers that already run.
 
     python -m benchmarks.rest MODELS small --rounds 5
-    python -m benchmarks.rest MODELS small --granian        # and with Granian for uvicorn
     python -m benchmarks.rest MODELS small --http mosec=http://127.0.0.1:9620/inference,4712 \
         --external triton=127.0.0.1:9640,4711
 
@@ -31,19 +30,13 @@ from benchmarks.candidates import (
 from benchmarks.rounds import Measure, Round, Run, by_candidate
 from benchmarks.tables import server_cpu_ms, spread, table
 
-GRANIAN = "convoy, binary REST by Granian"
-
 
 @contextmanager
 def candidates(arguments: argparse.Namespace) -> Iterator[Mapping[str, Measure]]:
-    load, command = load_of(arguments), convoy_command(arguments.models, arguments.flags)
-    commands: dict[str, Sequence[str]] = {CONVOY: command}
-    if arguments.granian:
-        commands[GRANIAN] = ["benchmarks.granian_server", *command[1:]]
+    load = load_of(arguments)
+    commands: dict[str, Sequence[str]] = {CONVOY: convoy_command(arguments.models, arguments.flags)}
     with started(commands, load, externals(arguments, load)) as found:
         rest = {REST: over_rest(found[CONVOY], arguments)}
-        if arguments.granian:
-            rest[GRANIAN] = over_rest(found[GRANIAN], arguments)
         yield {name: candidate.closed for name, candidate in {**rest, **found, **rest}.items()}
 
 
@@ -65,7 +58,6 @@ def main() -> None:
     )
     add_options(parser)
     parser.add_argument("--concurrency", default="32,64")
-    parser.add_argument("--granian", action="store_true", help="needs `uv pip install granian`")
     arguments = parser.parse_args()
     rounds: dict[str, list[Round]] = turns(arguments).take(
         arguments.concurrency.split(","), lambda: candidates(arguments)

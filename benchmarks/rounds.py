@@ -1,4 +1,4 @@
-"""Candidates that take turns, measured again where other processes disturbed them."""
+"""Candidates that are measured in turn, and again if other processes disturbed them."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Run = dict[str, Any]
-"""What a load generator found, with `other_cores`: processors that other processes kept busy."""
+"""The results of a load generator; `other_cores` is the load of other processes, in processors."""
 Round = Mapping[str, Run]
 """One load on every candidate, one after the other; ratios are taken within it."""
 Measure = Callable[[str, int], Run]
@@ -21,9 +21,9 @@ class Turns:
 
     Attributes:
         rounds: Of each load, undisturbed.
-        tries: At most so many times as many are made.
-        calm_cores: What other processes may take of the machine in an undisturbed one.
-        limit_s: None begins after so long.
+        tries: The most rounds to make, as a multiple of `rounds`.
+        calm_cores: Processors that other processes may use in an undisturbed round.
+        limit_s: No round begins after this time.
     """
 
     rounds: int = 5
@@ -73,7 +73,7 @@ def disturbance(measured: Round) -> float:
 
 
 def by_candidate(found: Mapping[str, Sequence[Round]]) -> dict[str, dict[str, list[Run]]]:
-    """Turns rounds by load into runs by candidate and load, in the order of the rounds."""
+    """Turn rounds by load into runs by candidate and load, in the order of the rounds."""
     names = list(next(iter(found.values()))[0])
     return {
         name: {load: [dict(each[name]) for each in rounds] for load, rounds in found.items()}

@@ -14,9 +14,17 @@ def main() -> None:
     if len(sys.argv) < 3:
         raise SystemExit(__doc__)
     repository, flags, *bench = sys.argv[1:]
-    ports = ["--port", "0", "--http-port", "0", "--log-format", "json"]
-    with serving(["server", "--repository", repository, *ports, *flags.split()]) as server:
-        command = [sys.executable, "-m", "clients", "bench", "--address", server.address, *bench]
+    ports = ["--port", "0", "--metrics-port", "0", "--log-format", "json"]
+    with serving(["convoy.server", "--repository", repository, *ports, *flags.split()]) as server:
+        command = [
+            sys.executable,
+            "-m",
+            "convoy.client",
+            "bench",
+            "--address",
+            server.address,
+            *bench,
+        ]
         status = subprocess.run(command, check=False).returncode
     raise SystemExit(status)
 

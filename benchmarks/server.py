@@ -1,4 +1,4 @@
-r"""Convoy's server beside raw ONNX Runtime, a naive gRPC server and others.
+r"""Convoy's server compared with raw ONNX Runtime, a minimal gRPC server and others.
 
     make bench                                      # makes the model first
     python -m benchmarks.server MODELS small --rounds 5
@@ -68,7 +68,7 @@ def raw(arguments: argparse.Namespace, streams: int) -> dict[str, float]:
 
 
 def measure_closed(arguments: argparse.Namespace) -> dict[str, list[Round]]:
-    """Returns by requests under way what each round found."""
+    """Return the results of each round by requests in flight."""
 
     @contextmanager
     def up() -> Iterator[Mapping[str, Measure]]:
@@ -79,7 +79,7 @@ def measure_closed(arguments: argparse.Namespace) -> dict[str, list[Round]]:
 
 
 def measure_open(arguments: argparse.Namespace, capacity_per_s: float) -> dict[str, list[Round]]:
-    """Returns by multiple of the capacity what each round found."""
+    """Return by multiple of the capacity what each round found."""
 
     @contextmanager
     def up() -> Iterator[Mapping[str, Measure]]:

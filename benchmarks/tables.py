@@ -117,7 +117,7 @@ def _open(runs: list[dict[str, Any]]) -> str:
 
 
 def _length_s(run: dict[str, Any]) -> float:
-    """The warm-up costs processor time too."""
+    """Check that the warm-up costs processor time too."""
     return float(run["warmup_s"]) + float(run["duration_s"])
 
 

@@ -16,13 +16,13 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from training import checkpoints
+from convoy.training import checkpoints
 
 
 def measure(arguments: list[str], epochs: int, seed: int, threads: int) -> float:
-    """Runs `convoy-train` and returns the test accuracy of its best.pt."""
+    """Run `convoy-train` and return the test accuracy of its best.pt."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "training", *arguments, "--out", folder]
+        command = [sys.executable, "-m", "convoy.training", *arguments, "--out", folder]
         command += ["--epochs", str(epochs), "--seed", str(seed)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)

@@ -22,8 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from torchvision import transforms
 
-from training import nets
-from training.data import ImageSet, Preprocessing, folder
+from convoy.training import nets
+from convoy.training.data import ImageSet, Preprocessing
+from convoy.training.data.decoding import decode
+from convoy.training.data.folder import list_images
 
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
@@ -46,7 +48,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def train_epoch(net, loader, optimizer, scheduler, loss_fn, epoch, writer):  # noqa: PLR0917
-    train_loss, total = 0.0, 0
+    train_loss, total = torch.zeros(()), 0
     for samples, labels in loader:
         outputs = net(samples)
         loss = loss_fn(outputs, labels)
@@ -61,7 +63,7 @@ def train_epoch(net, loader, optimizer, scheduler, loss_fn, epoch, writer):  # n
 
 
 def valid_epoch(net, loader, loss_fn, epoch, writer):
-    accuracy, validation_loss, total = 0.0, 0.0, 0
+    accuracy, validation_loss, total = torch.zeros(()), torch.zeros(()), 0
     for samples, labels in loader:
         outputs = net(samples)
         loss = loss_fn(outputs, labels)
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     sets = [
-        Pictures(folder.decode(folder.list_images(options.data / part), Preprocessing(), None))
+        Pictures(decode(list_images(options.data / part), Preprocessing(), None)[0])
         for part in ("train", "test")
     ]
     results = [train(sets, options.epochs, seed) for seed in options.seeds]

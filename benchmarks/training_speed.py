@@ -21,21 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training import recipe as recipes
-from training import start
-from training.data import open_data
-from training.inputs import measure
-from training.loop import Trainer
-from training.readers import make_reader
-from training.schedules import size_px
+from convoy.training import recipe as recipes
+from convoy.training import run
+from convoy.training.data import open_data
+from convoy.training.loop import Trainer
+from convoy.training.normalization import measure
+from convoy.training.readers import make_reader
+from convoy.training.schedules import size_px
 
 CPU = torch.device("cpu")
 
 
 def time_epochs(data: str, recipe: str, settings: list[str], epochs: int) -> None:
-    """Notes when `convoy-train` begins and ends each epoch: what they take, and all the rest."""
+    """Note when `convoy-train` begins and ends each epoch: what they take, and all the rest."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "training", "--data", data, "--recipe", recipe]
+        command = [sys.executable, "-m", "convoy.training", "--data", data, "--recipe", recipe]
         command += ["--epochs", str(epochs), "--out", folder]
         command += [part for setting in settings for part in ("--set", setting)]
         began = time.perf_counter()
@@ -74,19 +74,19 @@ def compare_pipeline(options: argparse.Namespace) -> None:
     # The images grow within a round or, in so many epochs, not at all.
     overrides |= {"start_px": options.px, "epochs": 10**6} if options.px else {"epochs": 1}
     recipe = recipes.load_recipe(options.recipe, overrides)
-    data = open_data(options.data, start.preprocessing(recipe), stream=options.stream)
+    data = open_data(options.data, run.preprocessing(recipe), stream=options.stream)
     normalization = measure(data.train)
     some = torch.randperm(len(data.train))[: options.steps * recipe.batch_size].numpy()
     few = data.valid.take(some[:2] % len(data.valid))
     ratios = []
     trainers = []
     for kind in (Trainer, OneBatch):
-        _, net = start.make_net(recipe, options.data, data, normalization, None)
+        _, net = run.make_net(recipe, options.data, data, normalization, None)
         readers = (make_reader(part, CPU, options.workers) for part in (data.train.take(some), few))
         trainers.append(kind(net, recipe, normalization, *readers))
         _images_per_s(trainers[-1])
     for turn in range(options.rounds):
-        # Each goes first in turn, so a machine that slows down or recovers favours neither.
+        # Each goes first in turn, so a machine that slows down or recovers favors neither.
         rates = [_images_per_s(trainer) for trainer in trainers[:: -1 if turn % 2 else 1]]
         whole, fixed = reversed(rates) if turn % 2 else rates
         ratios.append(whole / fixed)
@@ -106,7 +106,7 @@ def time_decoding(data: str, rounds: int) -> None:
             times = []
             for _ in range(2):
                 began = time.perf_counter()
-                loaded = open_data(data, start.preprocessing(recipes.Recipe()), cache=Path(cache))
+                loaded = open_data(data, run.preprocessing(recipes.Recipe()), cache=Path(cache))
                 times.append(time.perf_counter() - began)
         count = len(loaded.train) + len(loaded.valid) + len(loaded.test)
         print(f"{count} images: decoded in {times[0]:.2f} s, cached {times[1]:.2f} s", flush=True)

@@ -22,7 +22,7 @@ STUBS_DIR = PROTO_DIR / "gen" / "convoy"
 
 
 def generate(target: Path) -> None:
-    """Writes the stubs of every .proto under proto/convoy into target (proto/gen's layout)."""
+    """Write the stubs of every .proto under proto/convoy into target (proto/gen's layout)."""
     sources = sorted(PROTO_DIR.glob("convoy/**/*.proto"))
     include = importlib.resources.files("grpc_tools") / "_proto"
     plugins = [f"--{name}_out={target}" for name in ("python", "grpc_python")]
@@ -33,14 +33,15 @@ def generate(target: Path) -> None:
     arguments = ["protoc", f"-I{PROTO_DIR}", f"-I{include}", *plugins, *map(str, sources)]
     if protoc.main(arguments) != 0:
         sys.exit("protoc failed; its message is above")
-    stubs = target / "convoy"
-    for folder in [stubs, *(path for path in stubs.rglob("*") if path.is_dir())]:
-        (folder / "__init__.py").touch()
-    (stubs / "py.typed").touch()
+    # `convoy` itself is a namespace package: it must have no __init__.py.
+    for portion in (target / "convoy").iterdir():
+        (portion / "py.typed").touch()
+        for folder in [portion, *(path for path in portion.rglob("*") if path.is_dir())]:
+            (folder / "__init__.py").touch()
 
 
 def files_below(folder: Path) -> set[Path]:
-    """Returns the stubs below folder, relative to it, without compiled Python."""
+    """Return the stubs below folder, relative to it, without compiled Python."""
     return {
         path.relative_to(folder)
         for path in folder.rglob("*")
@@ -49,7 +50,7 @@ def files_below(folder: Path) -> set[Path]:
 
 
 def differences(fresh: Path) -> list[Path]:
-    """Returns the stubs that are missing, left over or different in proto/gen."""
+    """Return the stubs that are missing, left over or different in proto/gen."""
     expected, found = files_below(fresh), files_below(STUBS_DIR)
     changed = {
         path
@@ -60,7 +61,7 @@ def differences(fresh: Path) -> list[Path]:
 
 
 def main() -> None:
-    """Generates into a temporary folder, then compares or replaces."""
+    """Generate into a temporary folder, then compare with proto/gen or replace it."""
     with tempfile.TemporaryDirectory() as temporary:
         generate(Path(temporary))
         fresh = Path(temporary) / "convoy"

@@ -1,5 +1,6 @@
-"""What holds for the whole house."""
+"""Rules for the whole project: imports, stubs, versions, and the files of the architecture page."""
 
+import os
 import re
 import subprocess
 import sys
@@ -30,10 +31,10 @@ def test_importing_clients_loads_nothing_heavy():
         "matplotlib",
         "ray",
     }
-    assert not modules_loaded_by("import clients, clients.__main__") & heavy
+    assert not modules_loaded_by("import convoy.client, convoy.client.__main__") & heavy
 
 
-@pytest.mark.parametrize("part", ["server.app", "server.__main__"])
+@pytest.mark.parametrize("part", ["convoy.server.app", "convoy.server.__main__"])
 def test_importing_the_server_loads_no_runtime(part):
     assert not modules_loaded_by(f"import {part}") & {"torch", "onnxruntime"}
 
@@ -45,10 +46,10 @@ def test_the_stubs_are_what_the_sources_give():
 @pytest.mark.parametrize(
     ("name", "module"),
     [
-        ("convoy-train", "training"),
-        ("convoy-export", "export"),
-        ("convoy-server", "server"),
-        ("convoy-client", "clients"),
+        ("convoy-train", "convoy.training"),
+        ("convoy-export", "convoy.export"),
+        ("convoy-server", "convoy.server"),
+        ("convoy-client", "convoy.client"),
     ],
 )
 def test_each_command_helps_by_both_names(name, module):
@@ -70,3 +71,43 @@ def test_the_floors_of_grpcio_and_protobuf_are_those_of_the_stubs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"grpcio>={grpc_floor[1]}" in project["dependencies"]
     assert f"protobuf>={protobuf_floor[1]}" in project["dependencies"]
+
+
+def test_the_files_named_by_the_architecture_page_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/.]+(?:\.py|\.proto|/))`", page))
+    named |= set(re.findall(r"^ ?([a-z_]+(?:/|\.py))(?= )", page, re.M))
+    assert len(named) > 30
+    inside = ROOT / "server" / "convoy" / "server"
+    assert not {name for name in named if not ((ROOT / name).exists() or (inside / name).exists())}
+
+
+WATCH_IMPORT = """
+import os, sys
+def watch(event, arguments):
+    if event == "import" and arguments[0] == "onnxruntime":
+        print(os.environ.get("ORT_DISABLE_TELEMETRY"))
+sys.addaudithook(watch)
+"""
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "convoy.server.backends.onnx",
+        "convoy.export.onnx_format",
+        "convoy.export.onnx_import",
+        "convoy.export.int8",
+        "convoy.client.batch.runtime",
+    ],
+)
+def test_telemetry_is_off_before_onnxruntime_is_imported(module):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ORT_")}
+    result = subprocess.run(
+        [sys.executable, "-c", f"{WATCH_IMPORT}\nimport {module}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert set(result.stdout.split()) == {"1"}

@@ -11,9 +11,9 @@ from tests.server.conftest import HEIGHT, WIDTH, publish_version
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     repository = tmp_path_factory.mktemp("models")
-    publish_version(repository / "colours" / "1")
+    publish_version(repository / "colors" / "1")
     with running_server(repository, "--device", "cpu") as server:
-        yield f"{server.http}/v2/models/colours/infer"
+        yield f"{server.url}/v2/models/colors/infer"
 
 
 @pytest.mark.parametrize("load", [["--concurrency", "3"], ["--rate", "50"]], ids=["closed", "open"])
@@ -26,7 +26,7 @@ def test_every_request_is_counted_once(url, load):
     assert run["completed"] + sum(run["errors"].values()) == run["offered"]
 
 
-def test_refusals_are_no_answers(url):
+def test_rejections_do_not_count_as_answers(url):
     wrong = ["--tensor", "UINT8:1,4,4,3", "--rate", "50", "--seconds", "0.5", "--warmup-s", "0.1"]
     done = run_module("benchmarks.http_load", url, *wrong)
     assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ FLAGS = ("--device", "cpu", "--poll-s", "0.05")
 PUBLISHER = """
 import sys, time
 from pathlib import Path
-from export.publishing import ModelFolder
+from convoy.export.repository import ModelFolder
 from tests.server.conftest import publish_version
 import shutil
 
@@ -35,11 +35,11 @@ def pause(at):
         time.sleep(600)
 
 def seal(staged, version):
-    whole = publish_version(scratch / "colours" / str(version))
+    whole = publish_version(scratch / "colors" / str(version))
     shutil.copy(whole / "manifest.json", staged)
     pause("manifest")
 
-folder = ModelFolder(repository, "colours")
+folder = ModelFolder(repository, "colors")
 with folder.stage() as staged:
     pause("staged")
     whole = publish_version(scratch / "draft" / "1")
@@ -70,11 +70,11 @@ async def test_a_publisher_killed_at_any_point_leaves_nothing_to_see(publish, tm
             with publisher(models, tmp_path / "whole", "never") as process:
                 assert process.stdout
                 assert await asyncio.to_thread(process.stdout.readline) == "published 2\n"
-            await asyncio.to_thread(server.wait_for, "version swapped", new=2)
+            await asyncio.to_thread(server.wait_for, "version switched", new=2)
             await traffic.answers(10)
         assert server.stop() == 0
     assert set(traffic.tally.codes) == {"OK"}
-    assert not [line for line in server.events if "refused" in str(line["event"])]
+    assert not [line for line in server.events if "rejected" in str(line["event"])]
 
 
 async def test_a_full_disk_under_the_publisher_publishes_nothing(publish, tmp_path):
@@ -96,7 +96,7 @@ async def test_a_full_disk_under_the_publisher_publishes_nothing(publish, tmp_pa
             await traffic.answers(20)
         assert server.stop() == 0
     assert set(traffic.tally.codes) == {"OK"}
-    assert [path.name for path in (models / "colours").iterdir()] == ["1"]
+    assert [path.name for path in (models / "colors").iterdir()] == ["1"]
 
 
 def test_a_log_that_cannot_be_written_stops_neither_answers_nor_swaps(publish):
@@ -104,12 +104,12 @@ def test_a_log_that_cannot_be_written_stops_neither_answers_nor_swaps(publish):
     models = publish(1).parent.parent
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "server", "--repository", models, *FLAGS]
-    command += ["--port", str(port), "--http-port", "0"]
+    command = [sys.executable, "-m", "convoy.server", "--repository", models, *FLAGS]
+    command += ["--port", str(port), "--metrics-port", "0"]
     with (
         open("/dev/full", "w") as full,
         subprocess.Popen(
-            [*command, "--port", str(port), "--http-port", "0"], stderr=full
+            [*command, "--port", str(port), "--metrics-port", "0"], stderr=full
         ) as server,
         grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
     ):
@@ -170,7 +170,7 @@ async def vanish(server: ServerProcess) -> None:
     assert await process.wait() == 0
 
 
-@pytest.mark.parametrize("transport", ["native", "front ends"])
+@pytest.mark.parametrize("transport", ["h2corn", "front ends"])
 async def test_sigterm_under_load_loses_nothing_that_was_accepted(publish, transport):
     with running_server(publish(1).parent.parent, *FLAGS, *GRPC_FLAGS[transport]) as server:
         traffic = Traffic(server.address)

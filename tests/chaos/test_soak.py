@@ -9,7 +9,7 @@ from tests.server.conftest import publish_version
 
 def test_a_short_soak_shows_no_fault(tmp_path):
     models = tmp_path / "models"
-    publish_version(models / "colours" / "1")
+    publish_version(models / "colors" / "1")
     with running_server(models, "--device", "cpu", "--poll-s", "0.2") as server:
         soak = Soak(server, models, 1, requests=6000, swap_every_s=0.5, sample_every_s=0.1)
         asyncio.run(soak.run())

@@ -14,7 +14,7 @@ from tests.processes import GRPC_FLAGS, running_server
 from tests.server.conftest import seal
 
 
-@pytest.mark.parametrize("transport", ["native", "front ends"])
+@pytest.mark.parametrize("transport", ["h2corn", "front ends"])
 async def test_no_request_fails_while_versions_swap_every_second(publish, transport):
     models = publish(1).parent.parent
     flags = ("--device", "cpu", "--poll-s", "0.05", *GRPC_FLAGS[transport])
@@ -24,10 +24,10 @@ async def test_no_request_fails_while_versions_swap_every_second(publish, transp
             for version in range(2, 7):
                 await traffic.answers(20)
                 publish(version)
-                await asyncio.to_thread(server.wait_for, "version swapped", new=version)
+                await asyncio.to_thread(server.wait_for, "version switched", new=version)
             await traffic.answers(20)
         for version in range(1, 6):
-            await asyncio.to_thread(server.wait_for, "version ended", version=version)
+            await asyncio.to_thread(server.wait_for, "version unloaded", version=version)
         assert server.stop() == 0
     assert set(traffic.tally.codes) == {"OK"}
     assert traffic.tally.wrong == 0
@@ -62,18 +62,18 @@ async def test_bad_versions_under_load_hurt_nobody(publish):
             for version, spoil in ((2, flip_a_bit), (3, cut_off), (4, answer_otherwise)):
                 await traffic.answers(20)
                 publish(version, spoil=spoil)
-                await asyncio.to_thread(server.wait_for, "version refused", version=version)
+                await asyncio.to_thread(server.wait_for, "version rejected", version=version)
             await traffic.answers(20)
             publish(5)
-            await asyncio.to_thread(server.wait_for, "version swapped", new=5)
+            await asyncio.to_thread(server.wait_for, "version switched", new=5)
             await traffic.answers(20)
         assert server.stop() == 0
     assert set(traffic.tally.codes) == {"OK"}
     assert traffic.tally.wrong == 0
     assert set(traffic.tally.versions) == {"1", "5"}
-    refused = [
+    rejected = [
         (line["version"], line["reason"])
         for line in server.events
-        if line["event"] == "version refused"
+        if line["event"] == "version rejected"
     ]
-    assert refused == [(2, "files"), (3, "files"), (4, "golden samples")]
+    assert rejected == [(2, "files"), (3, "files"), (4, "golden samples")]

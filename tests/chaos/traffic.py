@@ -11,7 +11,7 @@ import numpy as np
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
-from tests.server.conftest import HEIGHT, WIDTH, mean_colour_logits
+from tests.server.conftest import HEIGHT, WIDTH, mean_color_logits
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Tally:
         return self.codes["OK"]
 
 
-def request_for(images: np.ndarray, model: str = "colours") -> pb.ModelInferRequest:
+def request_for(images: np.ndarray, model: str = "colors") -> pb.ModelInferRequest:
     return pb.ModelInferRequest(
         model_name=model,
         inputs=[{"name": "image", "datatype": "UINT8", "shape": images.shape}],
@@ -86,4 +86,4 @@ class Traffic:
             self._answered.set()
             self.tally.versions[reply.model_version] += 1
             logits = np.frombuffer(reply.raw_output_contents[0], "<f4").reshape(count, -1)
-            self.tally.wrong += not np.allclose(logits, mean_colour_logits(images), atol=1e-5)
+            self.tally.wrong += not np.allclose(logits, mean_color_logits(images), atol=1e-5)

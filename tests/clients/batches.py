@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clients.batch import Input, LocalEngine, LocalModel, Predictor
-from clients.batch.rows import Item
+from convoy.client.batch import Input, LocalEngine, LocalModel, Predictor
+from convoy.client.batch.items import Item
 
 
 def digit_files(repository: Path) -> list[bytes]:
@@ -54,7 +54,7 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def assert_same_rows(one: list[dict], other: list[dict]) -> None:
-    """Same to the last class; probabilities as far as another batch size moves them."""
+    """Rows are equal; probabilities within 1e-6: another batch size changes the last digits."""
     approximate = ("probability", "probabilities")
     for left, right in zip(one, other, strict=True):
         for name in approximate:

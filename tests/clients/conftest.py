@@ -1,4 +1,4 @@
-"""A real gRPC server on a loopback port whose answers a test writes itself."""
+"""A real gRPC server whose answers each test scripts."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +18,17 @@ ANSWER = pb.ClassifyResponse(model="m", version=1, classes=[pb.ClassScore(label=
 
 @dataclass
 class ScriptedServer(classifier_pb2_grpc.ClassifierServiceServicer):
-    """Answers Classify by `handler`, which is told how many calls came before.
+    """Answers Classify by `handler`, which gets the number of earlier calls.
 
     Attributes:
+        versions: Those that it lists.
         metadata: What came with each call.
     """
 
     handler: Handler
     address: str = ""
     metadata: list[dict[str, str]] = field(default_factory=list)
+    versions: tuple[int, ...] = (1,)
     _guard: Lock = field(default_factory=Lock)
 
     @property
@@ -40,21 +42,25 @@ class ScriptedServer(classifier_pb2_grpc.ClassifierServiceServicer):
         return self.handler(request, context, earlier)
 
     def ListModels(self, request, context):
-        return pb.ListModelsResponse(models=[pb.ModelStatus(model="m", version=1, labels=["yes"])])
+        models = [
+            pb.ModelStatus(model="m", version=version, labels=["yes"], ready=True)
+            for version in self.versions
+        ]
+        return pb.ListModelsResponse(models=models)
 
 
 @contextmanager
 def scripted_server(
-    handler: Handler, credentials: grpc.ServerCredentials | None = None
+    handler: Handler, credentials: grpc.ServerCredentials | None = None, port: int = 0
 ) -> Iterator[ScriptedServer]:
-    """Serves until the end of the block."""
+    """Serve until the end of the block."""
     scripted = ScriptedServer(handler)
     server = grpc.server(ThreadPoolExecutor(8), options=[("grpc.so_reuseport", 0)])
     classifier_pb2_grpc.add_ClassifierServiceServicer_to_server(scripted, server)
     if credentials is None:
-        port = server.add_insecure_port("127.0.0.1:0")
+        port = server.add_insecure_port(f"127.0.0.1:{port}")
     else:
-        port = server.add_secure_port("127.0.0.1:0", credentials)
+        port = server.add_secure_port(f"127.0.0.1:{port}", credentials)
     scripted.address = f"127.0.0.1:{port}"
     server.start()
     try:
@@ -64,15 +70,15 @@ def scripted_server(
 
 
 def answer(request, context, earlier):
-    """A handler that is always content."""
+    """A handler that answers every call."""
     return ANSWER
 
 
-def refuse_first(refusals: int, code=grpc.StatusCode.UNAVAILABLE, pushback_ms=None) -> Handler:
-    """A handler that refuses some calls before it answers."""
+def reject_first(rejections: int, code=grpc.StatusCode.UNAVAILABLE, pushback_ms=None) -> Handler:
+    """A handler that rejects some calls before it answers."""
 
     def handle(request, context, earlier):
-        if earlier < refusals:
+        if earlier < rejections:
             if pushback_ms is not None:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", str(pushback_ms)),))
             context.abort(code, "not now")
@@ -86,7 +92,7 @@ def classify(request):
     """`classify(address, options, …)` by one of the two clients."""
     import asyncio
 
-    from clients import AsyncClient, Client
+    from convoy.client import AsyncClient, Client
 
     def by_client(address, image=b"x", **options):
         with Client(address, **options) as client:

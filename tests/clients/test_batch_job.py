@@ -1,6 +1,7 @@
-"""Batch jobs on real models: every input once, whatever happens; rows, counts, evaluation."""
+"""Batch jobs on real models: every input once, also after kills; tables and their formats."""
 
 import json
+import os
 import random
 import resource
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clients.batch import (
+from convoy.client.batch import (
     BatchError,
     BatchJob,
     Input,
@@ -111,7 +112,8 @@ def test_the_python_interface_reads_every_input(repository, engine, images, tmp_
 KILLED_AT_STEP = """
 import os, pathlib, signal, sys
 import onnxruntime
-from clients.batch import BatchJob, Input, LocalEngine, LocalModel, PartLimits, Predictor, run_batch
+from convoy.client.batch import BatchJob, Input, LocalEngine, LocalModel
+from convoy.client.batch import PartLimits, Predictor, run_batch
 
 folder, repository, out, suffix = map(pathlib.Path, sys.argv[1:5])
 
@@ -152,7 +154,7 @@ print(kills)
 
 # Each of Parquet's runs loads pyarrow, which does not survive a fork.
 @pytest.mark.parametrize(("suffix", "stride"), [("jsonl", 1), ("parquet", 6)])
-def test_a_job_killed_at_any_step_goes_on_and_has_every_input_once(
+def test_a_job_killed_at_any_step_resumes_and_has_every_input_once(
     repository, tmp_path, suffix, stride
 ):
     """Kills a job at its first file operation, another at its second, and so on to the last."""
@@ -177,11 +179,11 @@ def test_a_job_killed_at_any_step_goes_on_and_has_every_input_once(
     }
 
 
-def test_a_command_killed_at_random_moments_goes_on(repository, tmp_path):
+def test_a_command_killed_at_random_moments_resumes(repository, tmp_path):
     """The whole command in a process of its own, killed while it reads, runs and writes."""
     folder, out = tmp_path / "images", tmp_path / "out.jsonl"
     expected = write_images(folder, digit_files(repository), 1000)
-    command = [sys.executable, "-m", "clients", "batch", str(folder), "--out", str(out)]
+    command = [sys.executable, "-m", "convoy.client", "batch", str(folder), "--out", str(out)]
     command += ["--engine", "local", "--repository", str(repository), "--part-size", "50"]
     draw = random.Random(6)
     kills = 0
@@ -217,7 +219,7 @@ def test_a_resumed_job_does_nothing_twice(engine, images, tmp_path):
         def __init__(self, rows: int) -> None:
             self._rows = rows
 
-        def predict(self, source, start):
+        def predict(self, source, start, version=0):
             for rows in engine.predict(source, start):
                 for row in rows:
                     if self._rows == 0:
@@ -230,8 +232,9 @@ def test_a_resumed_job_does_nothing_twice(engine, images, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_batch(job(images, out, parts=limits), Stopping(17))
     summary = run_batch(job(images, out, parts=limits), Stopping(1000))
-    assert summary.earlier == 15
-    assert done[:15] + done[17:] == names(images)
+    # An interrupt keeps also what is in no full part.
+    assert summary.earlier == 17
+    assert done == names(images)
     assert [row["path"] for row in read_rows(out)] == names(images)
 
 
@@ -271,11 +274,11 @@ def test_a_lost_part_is_noticed(engine, images, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_batch(job(images, tmp_path / "out.csv", parts=limits), engine, stop)
     (tmp_path / "out.csv.parts" / "part-00000000.csv").unlink()
-    with pytest.raises(OutputError, match=r"part-00000000\.csv: is gone"):
+    with pytest.raises(OutputError, match=r"part-00000000\.csv: is missing"):
         run_batch(job(images, tmp_path / "out.csv"), engine)
 
 
-def test_another_job_does_not_go_on_with_the_parts(engine, images, tmp_path):
+def test_another_job_does_not_resume_the_parts(engine, images, tmp_path):
     out = tmp_path / "out.csv"
 
     def stop(progress):
@@ -283,7 +286,7 @@ def test_another_job_does_not_go_on_with_the_parts(engine, images, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run_batch(job(images, out), engine, stop)
-    with pytest.raises(OutputError, match=r"unfinished job of another kind \(evaluate: False"):
+    with pytest.raises(OutputError, match=r"unfinished job that differs \(evaluate: False"):
         run_batch(job(images, out, evaluate=True), engine)
     other = tmp_path / "images" / "deep"
     with pytest.raises(OutputError, match="input"):
@@ -292,13 +295,13 @@ def test_another_job_does_not_go_on_with_the_parts(engine, images, tmp_path):
     with pytest.raises(InputError, match="depe: No such file"):
         run_batch(job(other.with_name("depe"), out, overwrite=True), engine)
     assert left_in(tmp_path / "out.csv.parts") == kept
-    with pytest.raises(OutputError, match=r"unfinished job of another kind \(input: "):
+    with pytest.raises(OutputError, match=r"unfinished job that differs \(input: "):
         run_batch(job(other, out), engine)
     run_batch(job(other, out, overwrite=True), engine)
     assert [row["path"] for row in read_rows(out)] == names(other)
 
 
-def test_a_changed_archive_is_not_gone_on_with(engine, tmp_path):
+def test_a_changed_archive_is_not_resumed(engine, tmp_path):
     path, out = tmp_path / "images.npy", tmp_path / "out.csv"
 
     def stop(progress):
@@ -312,14 +315,14 @@ def test_a_changed_archive_is_not_gone_on_with(engine, tmp_path):
         run_batch(job(path, out), engine)
 
 
-def test_a_finished_job_is_not_done_again_but_on_demand(engine, images, tmp_path):
+def test_a_finished_job_is_repeated_on_demand_only(engine, images, tmp_path):
     out = tmp_path / "out.csv"
     first = run_batch(job(images, out), engine)
     (images / "new.png").write_bytes(b"no image")
     again = run_batch(job(images, out), engine)
     assert again.earlier == again.counts.images == first.counts.images
     assert again.classes == first.classes
-    with pytest.raises(OutputError, match="made by another job; give --overwrite"):
+    with pytest.raises(OutputError, match="written by another job; use --overwrite"):
         run_batch(BatchJob(Input(str(images)), out, top_k=1), engine)
     assert run_batch(job(images, out, overwrite=True), engine).counts.images == COUNT + 2
     (tmp_path / "out.csv.summary.json").unlink()
@@ -335,7 +338,7 @@ def test_two_processes_do_not_write_one_table(engine, images, tmp_path):
     run_batch(job(images, tmp_path / "out.csv"), engine, start_another)
 
 
-def test_fail_fast_ends_at_a_bad_image_and_goes_on_when_it_is_mended(engine, images, tmp_path):
+def test_fail_fast_ends_at_a_bad_image_and_resumes_when_it_is_repaired(engine, images, tmp_path):
     out = tmp_path / "out.csv"
     with pytest.raises(BatchError, match=r"^broken\.png: image: expected a JPEG"):
         run_batch(job(images, out, fail_fast=True), engine)
@@ -381,36 +384,38 @@ def test_evaluate_where_folders_are_classes(repository, tmp_path):
     (folder / "misc").mkdir()
     (folder / "misc" / "x.png").write_bytes(digit_files(repository)[0])
     command = ("batch", folder, "--out", out, "--engine", "local", "--repository", repository)
-    result = run_module("clients", *command, "--evaluate")
+    result = run_module("convoy.client", *command, "--evaluate")
     assert result.returncode == 0, result.stderr
     accuracy = np.mean(truths == found)
     assert f"accuracy {accuracy:.4f} over {len(truths)} images" in result.stdout
-    assert "1 in other folders left out" in result.stdout
+    assert "1 with other labels left out" in result.stdout
+    assert "left out: misc (1)" in result.stderr
     summary = json.loads((tmp_path / "out.csv.summary.json").read_text())
     assert summary["accuracy"] == pytest.approx(accuracy)
     for label, share in summary["accuracy_per_class"].items():
         assert share == pytest.approx(np.mean(found[truths == int(label)] == int(label)))
-    with Image.open(tmp_path / "out.confusion.png") as picture:
-        assert picture.format == "PNG"
-        assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
-    again = run_module("clients", *command, "--evaluate")
+    with Image.open(tmp_path / "out.confusion.png") as plot:
+        assert plot.format == "PNG"
+        assert len(plot.convert("RGB").getcolors(1 << 20)) > 10
+    again = run_module("convoy.client", *command, "--evaluate")
     assert f"accuracy {accuracy:.4f}" in again.stdout
 
 
-def test_evaluate_says_so_where_no_folder_is_a_class(repository, images, tmp_path):
+def test_evaluate_without_a_known_label_fails_at_once(repository, images, tmp_path):
     flags = ("--engine", "local", "--repository", repository, "--evaluate")
-    result = run_module("clients", "batch", images, "--out", tmp_path / "out.csv", *flags)
+    result = run_module("convoy.client", "batch", images, "--out", tmp_path / "out.csv", *flags)
     assert result.returncode == 1
     assert result.stderr == (
-        "convoy-client: --evaluate: no image lies in a folder that is named like a class\n"
+        "convoy-client: --evaluate: no image has a label that is a class of the model: "
+        "folders '', deep; classes 0, 1, 2, 3, 4, …\n"
     )
-    assert len(read_rows(tmp_path / "out.csv")) == COUNT + 1
+    assert left_in(tmp_path) == {"images"}  # nothing was classified in vain
 
 
 @pytest.mark.parametrize(
     ("suffix", "limit_bytes"), [("csv", 50_000), ("jsonl", 50_000), ("parquet", 8_000)]
 )
-def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(
+def test_a_full_disk_is_one_line_and_the_job_resumes_when_there_is_room(
     repository, tmp_path, suffix, limit_bytes
 ):
     """Files may not grow over a limit: the operating system fails the write midway."""
@@ -422,13 +427,13 @@ def test_a_full_disk_is_one_line_and_the_job_goes_on_when_there_is_room(
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
 
     flags = ("--part-size", "100", "--top-k", "10")
-    result = run_module("clients", *command, *flags, preexec_fn=small_files)
+    result = run_module("convoy.client", *command, *flags, preexec_fn=small_files)
     assert result.returncode == 1
     assert result.stderr.count("\n") == 1, result.stderr
     assert "File too large" in result.stderr
-    assert "the same command goes on" in result.stderr
+    assert "the same command resumes" in result.stderr
     assert not out.exists()
-    result = run_module("clients", *command, *flags)
+    result = run_module("convoy.client", *command, *flags)
     assert result.returncode == 0, result.stderr
     assert [row["path"] for row in read_rows(out)] == expected
 
@@ -439,7 +444,7 @@ def test_a_folder_that_cannot_be_written(repository, images, tmp_path):
         (tmp_path / "no" / "out.csv", "No such file or directory"),
         (tmp_path / "out.xlsx", "expected a name ending in .csv, .jsonl or .parquet"),
     ):
-        result = run_module("clients", "batch", images, "--out", out, *flags)
+        result = run_module("convoy.client", "batch", images, "--out", out, *flags)
         assert result.returncode == 1
         assert result.stderr.startswith("convoy-client: --out: ")
         assert message in result.stderr
@@ -450,25 +455,26 @@ def test_a_folder_that_cannot_be_written(repository, images, tmp_path):
 # A signal from outside could come before the first part or after the last.
 INTERRUPTED_AT_THE_THIRD_PART = """
 import os, signal
-from clients.__main__ import main
-from clients.batch.parts import PartFolder
+from convoy.client.__main__ import main
+from convoy.client.batch.parts import PartFolder
 
 append, parts = PartFolder.append, []
 
-def append_and_interrupt(self, rows, tally):
-    append(self, rows, tally)
+def append_and_interrupt(self, rows, counts):
+    append(self, rows, counts)
     parts.append(rows)
     if len(parts) == 3:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.Signals[os.environ["SIGNAL"]])
 
 PartFolder.append = append_and_interrupt
 main()
 """
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("engine", ["local", "grpc"])
-def test_an_interrupt_is_one_line_and_the_same_command_goes_on(
-    repository, server, tmp_path, engine
+def test_a_signal_is_one_line_and_the_same_command_resumes(
+    repository, server, tmp_path, engine, name
 ):
     folder, out = tmp_path / "images", tmp_path / "out.csv"
     expected = write_images(folder, digit_files(repository), 600)
@@ -476,17 +482,16 @@ def test_an_interrupt_is_one_line_and_the_same_command_goes_on(
     command += ["--repository", str(repository), "--address", server.address]
     interrupted = subprocess.run(
         [sys.executable, "-c", INTERRUPTED_AT_THE_THIRD_PART, *command],
+        env={**os.environ, "SIGNAL": name},
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
-    assert interrupted.returncode == 130
-    assert interrupted.stderr.split("\n") == [
-        "convoy-client: interrupted; the same command goes on where it was",
-        "",
-    ]
-    again = run_module("clients", *command)
+    assert interrupted.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
+    word = {"SIGINT": "interrupted", "SIGTERM": "terminated"}[name]
+    assert interrupted.stderr == f"convoy-client: {word}; the same command resumes\n"
+    again = run_module("convoy.client", *command)
     assert again.returncode == 0, again.stderr
-    assert "done earlier" in again.stdout
+    assert "from earlier runs" in again.stdout
     assert [row["path"] for row in read_rows(out)] == expected

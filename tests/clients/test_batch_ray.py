@@ -1,14 +1,16 @@
 """The engine `ray` on a cluster of two local nodes. Run by `make ray-test`, which installs Ray."""
 
+import io
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clients.batch import BatchJob, Input, run_batch
+from convoy.client.batch import BatchJob, Input, LocalModel, run_batch
 from tests.clients.batches import (
     assert_same_rows,
     digit_files,
@@ -34,14 +36,14 @@ def cluster():
 
 
 def start(source: object, out: Path, repository: Path, address: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "clients", "batch", str(source), "--out", str(out)]
+    command = [sys.executable, "-m", "convoy.client", "batch", str(source), "--out", str(out)]
     command += ["--engine", "ray", "--address", address, "--repository", str(repository)]
     command += ["--top-k", "3", "--batch-size", "16", "--part-size", "64"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def local_rows(source: Path, repository: Path) -> list[dict]:
-    out = source.parent / "local.jsonl"
+    out = source.parent / f"{source.name}.local.jsonl"
     engine = local_engine(repository, top_k=3, batch_size=16)
     run_batch(BatchJob(Input(str(source)), out, top_k=3), engine)
     return read_rows(out)
@@ -82,10 +84,63 @@ def test_an_array_through_a_cluster(cluster, repository, tmp_path):
     assert_same_rows(read_rows(out), local_rows(tmp_path / "images.npy", repository))
 
 
-def test_a_cluster_that_is_not_there_is_one_line(repository, tmp_path):
+def test_a_missing_cluster_is_one_line(repository, tmp_path):
     write_images(tmp_path / "images", digit_files(repository), 3)
     process = start(tmp_path / "images", tmp_path / "out.csv", repository, "127.0.0.1:1")
     _, stderr = process.communicate(timeout=200)
     assert process.returncode == 1
     assert stderr.startswith("convoy-client: --address: ")
     assert stderr.count("\n") == 1, stderr
+
+
+def test_archives_through_a_cluster(cluster, repository, tmp_path):
+    """An uncompressed tar is read in shares, a compressed one by one task; links are images."""
+    files = digit_files(repository)
+    names = []
+    for suffix in ("tar", "tar.gz"):
+        path = tmp_path / f"images.{suffix}"
+        names.append(str(path))
+        with tarfile.open(path, f"w:{suffix[4:]}" if "." in suffix else "w") as archive:
+            for number in range(100):
+                member = tarfile.TarInfo(f"{number:04}.png")
+                if number % 10 == 9:
+                    member.type, member.linkname = tarfile.LNKTYPE, f"{number - 1:04}.png"
+                    archive.addfile(member)
+                else:
+                    member.size = len(files[number % len(files)])
+                    archive.addfile(member, io.BytesIO(files[number % len(files)]))
+    out = tmp_path / "ray.jsonl"
+    command = [sys.executable, "-m", "convoy.client", "batch", *names, "--out", str(out)]
+    command += ["--engine", "ray", "--address", cluster.address, "--repository", str(repository)]
+    result = subprocess.run(
+        [*command, "--batch-size", "16"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    job = BatchJob(Input(tuple(names)), tmp_path / "local.jsonl")
+    run_batch(job, local_engine(repository))
+    assert len(read_rows(out)) == 200
+    assert_same_rows(read_rows(out), read_rows(tmp_path / "local.jsonl"))
+
+
+def test_a_data_set_of_ray_in_and_out(cluster, repository, tmp_path):
+    import ray
+
+    from convoy.client.batch.cluster import classify_dataset
+
+    files = [*digit_files(repository), b"no image"]
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        records = [{"id": number, "image": files[number % 17]} for number in range(170)]
+        model = LocalModel(repository)
+        found = classify_dataset(ray.data.from_items(records), model, batch_size=16, actors=(1, 2))
+        rows = sorted(found.take_all(), key=lambda row: row["id"])
+    finally:
+        ray.shutdown()
+    for number, content in enumerate(files):
+        (tmp_path / f"{number:03}.png").write_bytes(content)
+    expected = local_rows(tmp_path, repository)
+    assert [row["id"] for row in rows] == list(range(170))
+    for row in rows:
+        local = expected[row["id"] % 17]
+        assert (row["label"], row["error"]) == (local["label"], local["error"])
+        assert bool(row["error"]) == (row["id"] % 17 == 16)

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import convoy.client
 from tests.processes import ServerProcess, run_module
 
 
@@ -30,7 +32,7 @@ def digits(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[P
 
 
 def client(server: ServerProcess, *arguments: object) -> subprocess.CompletedProcess:
-    return run_module("clients", *arguments, "--address", server.address)
+    return run_module("convoy.client", *arguments, "--address", server.address)
 
 
 def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -72,7 +74,7 @@ def test_one_bad_file_is_named_and_the_others_are_answered(server, digits, tmp_p
     assert second == f"convoy-client: {tmp_path / 'missing.png'}: No such file or directory"
 
 
-def test_mistakes_are_one_line(server, digits, tmp_path):
+def test_usage_errors_are_one_line(server, digits, tmp_path):
     image = next(iter(digits))
     assert_one_line(
         client(server, "classify", image, "--model", "cats"), "one of digits, got 'cats'"
@@ -86,7 +88,7 @@ def test_mistakes_are_one_line(server, digits, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_batch_job_that_never_began_is_not_in_the_way_of_the_next(server, digits, tmp_path):
+def test_a_batch_job_that_never_started_blocks_no_other(server, digits, tmp_path):
     out = tmp_path / "out.csv"
     assert_one_line(client(server, "batch", tmp_path / "missing", "--out", out), "No such file")
     result = client(server, "batch", next(iter(digits)).parent, "--out", out)
@@ -96,8 +98,8 @@ def test_a_batch_job_that_never_began_is_not_in_the_way_of_the_next(server, digi
 
 def test_an_unreachable_server_is_one_line(digits):
     command = ("classify", next(iter(digits)), "--address", "127.0.0.1:1", "--timeout-s", "2")
-    assert_one_line(run_module("clients", *command), "127.0.0.1:1")
-    assert_one_line(run_module("clients", "health", "--address", "127.0.0.1:1"))
+    assert_one_line(run_module("convoy.client", *command), "127.0.0.1:1")
+    assert_one_line(run_module("convoy.client", "health", "--address", "127.0.0.1:1"))
 
 
 def test_health(server):
@@ -111,3 +113,18 @@ def test_models(server):
     assert result.returncode == 0
     for word in ("digits", "32 x 32", "onnx", "cpu"):
         assert word in result.stdout
+
+
+def test_models_as_json(server):
+    result = client(server, "models", "--json")
+    assert result.returncode == 0
+    (model,) = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (model["name"], model["version"], model["ready"]) == ("digits", 1, True)
+    assert model["labels"] == [str(label) for label in range(10)]
+
+
+def test_version():
+    result = run_module("convoy.client", "--version")
+    assert result.returncode == 0
+    assert result.stdout == f"convoy-client {convoy.client.__version__}\n"
+    assert convoy.client.__version__ == version("convoy-serving")

@@ -15,7 +15,7 @@ from threading import Event, Thread
 import grpc
 import pytest
 
-from clients import (
+from convoy.client import (
     AccessError,
     Client,
     ConnectionOptions,
@@ -31,17 +31,17 @@ from clients import (
     UnsupportedError,
     UsageError,
 )
-from clients.connection import DEFAULT_ADDRESS, Connection
+from convoy.client.connection import DEFAULT_ADDRESS, Connection
 from convoy.v1 import classifier_pb2 as pb
-from tests.clients.conftest import ANSWER, answer, refuse_first, scripted_server
+from tests.clients.conftest import ANSWER, answer, reject_first, scripted_server
 from tests.server.certificates import Authority
 
 QUICK = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02)
 
 
 @pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
-def test_a_refusal_is_retried_without_the_caller_noticing(classify, code):
-    with scripted_server(refuse_first(3, code)) as server:
+def test_a_rejection_is_retried_transparently(classify, code):
+    with scripted_server(reject_first(3, code)) as server:
         assert classify(server.address, options=ConnectionOptions(QUICK)).best.label == "yes"
         assert server.calls == 4
 
@@ -55,15 +55,15 @@ def test_a_refusal_is_retried_without_the_caller_noticing(classify, code):
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineExceededError),
     ],
 )
-def test_what_may_have_been_done_is_not_retried(classify, code, error):
-    with scripted_server(refuse_first(9, code)) as server:
+def test_a_call_that_may_have_run_is_not_retried(classify, code, error):
+    with scripted_server(reject_first(9, code)) as server:
         with pytest.raises(error, match="not now"):
             classify(server.address)
         assert server.calls == 1
 
 
 def test_retries_end_and_may_be_switched_off(classify):
-    with scripted_server(refuse_first(99, grpc.StatusCode.RESOURCE_EXHAUSTED)) as server:
+    with scripted_server(reject_first(99, grpc.StatusCode.RESOURCE_EXHAUSTED)) as server:
         with pytest.raises(OverloadedError, match="not now"):
             classify(server.address, options=ConnectionOptions(QUICK))
         assert server.calls == 4
@@ -72,8 +72,8 @@ def test_retries_end_and_may_be_switched_off(classify):
         assert server.calls == 5
 
 
-def test_the_servers_pushback_is_waited_for(classify):
-    with scripted_server(refuse_first(1, pushback_ms=600)) as server:
+def test_a_retry_waits_for_the_pushback(classify):
+    with scripted_server(reject_first(1, pushback_ms=600)) as server:
         started_s = time.monotonic()
         classify(server.address, options=ConnectionOptions(QUICK))
         assert time.monotonic() - started_s >= 0.6
@@ -81,14 +81,14 @@ def test_the_servers_pushback_is_waited_for(classify):
 
 
 def test_a_negative_pushback_forbids_retries(classify):
-    with scripted_server(refuse_first(1, pushback_ms=-1)) as server:
+    with scripted_server(reject_first(1, pushback_ms=-1)) as server:
         with pytest.raises(UnavailableError):
             classify(server.address, options=ConnectionOptions(QUICK))
         assert server.calls == 1
 
 
 def test_a_deadline_ends_a_call_that_waits_to_be_tried_again(classify):
-    with scripted_server(refuse_first(99, pushback_ms=3_600_000)) as server:
+    with scripted_server(reject_first(99, pushback_ms=3_600_000)) as server:
         with pytest.raises((DeadlineExceededError, UnavailableError)):
             classify(server.address, timeout_s=1)
         assert server.calls <= 1
@@ -96,11 +96,11 @@ def test_a_deadline_ends_a_call_that_waits_to_be_tried_again(classify):
 
 def test_the_server_sees_one_deadline_for_a_call_and_its_retries(classify):
     remaining_s = []
-    refuse = refuse_first(1, pushback_ms=1500)
+    reject = reject_first(1, pushback_ms=1500)
 
     def handle(request, context, earlier):
         remaining_s.append(context.time_remaining())
-        return refuse(request, context, earlier)
+        return reject(request, context, earlier)
 
     with scripted_server(handle) as server:
         classify(server.address, timeout_s=20)
@@ -110,10 +110,10 @@ def test_the_server_sees_one_deadline_for_a_call_and_its_retries(classify):
     assert 0 < second_s < 19.5
 
 
-def test_a_server_that_refuses_most_calls_is_not_asked_again_and_again():
+def test_a_server_that_rejects_most_calls_gets_few_retries():
     options = ConnectionOptions(RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.02, budget=8))
     with (
-        scripted_server(refuse_first(10_000)) as server,
+        scripted_server(reject_first(10_000)) as server,
         Client(server.address, options=options) as client,
     ):
         for _ in range(20):
@@ -123,7 +123,7 @@ def test_a_server_that_refuses_most_calls_is_not_asked_again_and_again():
         assert 20 <= server.calls < 30
 
 
-def test_calls_go_round_several_servers_and_around_a_dead_one():
+def test_calls_are_spread_over_servers_and_avoid_a_dead_one():
     with scripted_server(answer) as first, scripted_server(answer) as second:
         both = f"{first.address},{second.address}"
         with Client(both) as client:
@@ -165,7 +165,7 @@ def test_a_restarted_server_is_found_again():
         again.stop(None).wait()
 
 
-def test_a_message_over_the_limit_is_said_to_be_so(classify):
+def test_a_message_over_the_limit_has_an_error_of_its_own(classify):
     small = ConnectionOptions(max_message_bytes=1000)
     with scripted_server(answer) as server:
         with pytest.raises(MessageTooLargeError, match="larger than max"):
@@ -220,7 +220,7 @@ def tcp_proxy(address: str, vanished: Event | None = None) -> Iterator[tuple[str
 
 
 def test_a_peer_that_vanished_is_noticed_during_a_call(classify):
-    """Its machine is gone: nothing comes back any more, not even the end of the connection."""
+    """Simulate a vanished machine: nothing comes back, not even the end of the connection."""
     arrived, vanished, over = Event(), Event(), Event()
     options = ConnectionOptions(
         RetryPolicy(attempts=1), keepalive_s=0.5, keepalive_timeout_s=1, private_connection=True
@@ -263,7 +263,7 @@ def test_an_answer_says_whether_the_model_abstains(classify, abstain):
         assert classify(server.address).abstain is abstain
 
 
-def test_a_closed_client_says_so():
+def test_a_closed_client_raises():
     with scripted_server(answer) as server:
         with Client(server.address) as client:
             pass
@@ -273,7 +273,7 @@ def test_a_closed_client_says_so():
 
 FORKING = """
 import os, sys
-from clients import Client, LifetimeError
+from convoy.client import Client, LifetimeError
 client = Client(sys.argv[1])
 print(client.classify(b"x").best.label, flush=True)
 if os.fork() == 0:
@@ -286,7 +286,7 @@ os.wait()
 """
 
 
-def test_a_client_made_before_a_fork_says_so():
+def test_a_client_created_before_a_fork_raises():
     with scripted_server(answer) as server:
         result = subprocess.run(
             [sys.executable, "-c", FORKING, server.address],
@@ -297,7 +297,7 @@ def test_a_client_made_before_a_fork_says_so():
         )
     first, second = result.stdout.splitlines()
     assert first == "yes"
-    assert "made before this process was forked" in second
+    assert "created before this process was forked" in second
 
 
 @pytest.fixture(scope="module")
@@ -339,12 +339,12 @@ def test_mutual_tls(classify, authority, ca, tmp_path):
             classify(server.address, options=ConnectionOptions(tls=Tls(ca)))
 
 
-def test_a_token_never_crosses_the_network_in_the_clear(classify):
+def test_a_token_is_never_sent_unencrypted(classify):
     options = ConnectionOptions(token="secret")
     with scripted_server(answer) as server:
         classify(server.address, options=options)
         assert server.metadata[-1]["authorization"] == "Bearer secret"
-    with pytest.raises(UsageError, match="in the clear"):
+    with pytest.raises(UsageError, match="unencrypted"):
         classify("192.0.2.1:8001", options=options)
     assert "secret" not in repr(options)
 
@@ -352,14 +352,12 @@ def test_a_token_never_crosses_the_network_in_the_clear(classify):
 @pytest.mark.parametrize(
     ("address", "options", "words"),
     [
-        ("one:1,two:2", {}, "dns:///"),
-        ("127.0.0.1:1,[::1]:2", {}, "one family"),
         ("127.0.0.1:1", {"timeout_s": 0}, "timeout_s"),
         ("127.0.0.1:1", {"options": ConnectionOptions(tls=Tls(Path("no.pem")))}, "no.pem"),
         ("127.0.0.1:1", {"options": ConnectionOptions(tls=Tls(key=Path("k")))}, "one of the two"),
     ],
 )
-def test_wrong_options_are_said_at_once(classify, address, options, words):
+def test_wrong_options_fail_at_once(classify, address, options, words):
     with pytest.raises(UsageError, match=words):
         classify(address, **options)
 
@@ -374,7 +372,7 @@ def test_retries_and_keepalive_have_limits():
 
 
 @pytest.mark.parametrize("address", [None, ""])
-def test_an_empty_address_means_the_usual_one(monkeypatch, address):
+def test_an_empty_address_is_the_default(monkeypatch, address):
     monkeypatch.setenv("CONVOY_ADDRESS", "")
     assert Connection.to(address, 1, None).address == DEFAULT_ADDRESS
     monkeypatch.setenv("CONVOY_ADDRESS", "127.0.0.1:7")

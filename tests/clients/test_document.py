@@ -24,14 +24,14 @@ def expected(repository):
 
 @pytest.fixture
 def folder(expected, tmp_path):
-    """Where the blocks run: a picture and the contracts."""
+    """The folder that the blocks run in: an image and the contracts."""
     Image.fromarray(expected[0]).save(tmp_path / "seven.png")
     (tmp_path / "proto").symlink_to(ROOT / "proto")
     return tmp_path
 
 
 def block(language, server):
-    """The only block in a language, with the server's address for the document's."""
+    """The only block of a language, with the server's address in place of the document's."""
     (text,) = re.findall(rf"^```{language}\n(.*?)^```", DOCUMENT.read_text(), re.S | re.M)
     assert "127.0.0.1:8001" in text
     return text.replace("127.0.0.1:8001", server.address)

@@ -1,9 +1,9 @@
 """The library and the load generator against another server of the Open Inference Protocol.
 
-MLServer wants an environment of its own; CONVOY_TEST_MLSERVER names its `mlserver` command:
+MLServer wants an environment of its own; TEST_MLSERVER names its `mlserver` command:
 
     uv venv /tmp/mlserver && uv pip install --python /tmp/mlserver/bin/python mlserver
-    CONVOY_TEST_MLSERVER=/tmp/mlserver/bin/mlserver pytest tests/clients/test_foreign_server.py
+    TEST_MLSERVER=/tmp/mlserver/bin/mlserver pytest tests/clients/test_foreign_server.py
 """
 
 import json
@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 
-from clients import (
+from convoy.client import (
     AsyncClient,
     Client,
     ClientError,
@@ -26,8 +26,8 @@ from clients import (
 )
 from tests.processes import run_module
 
-MLSERVER = os.environ.get("CONVOY_TEST_MLSERVER", "")
-pytestmark = pytest.mark.skipif(not MLSERVER, reason="CONVOY_TEST_MLSERVER names no mlserver")
+MLSERVER = os.environ.get("TEST_MLSERVER", "")
+pytestmark = pytest.mark.skipif(not MLSERVER, reason="TEST_MLSERVER names no mlserver")
 
 RUNTIME = """
 from mlserver import MLModel
@@ -92,7 +92,7 @@ def wait_until_ready(address):
 
 
 @pytest.mark.parametrize("code", ["f4", "f8", "i8", "i4", "u1", "?"])
-def test_tensors_go_there_and_back(mlserver, code):
+def test_tensors_round_trip(mlserver, code):
     array = (np.random.default_rng(0).random((4, 3, 8)) * 2).astype(code)
     with Client(mlserver) as client:
         answer = client.infer("sums", {"x": array})
@@ -122,7 +122,7 @@ def test_errors_have_their_classes(mlserver):
 @pytest.mark.parametrize("load", [("--concurrency", "4"), ("--rate", "50", "--slo-ms", "1000")])
 def test_it_is_measured_by_the_same_tool(mlserver, load):
     flags = ("--protocol", "oip", "--model", "sums", "--payload", "raw", "--images", "2", "--json")
-    result = run_module("clients", "bench", *flags, *load, "--address", mlserver)
+    result = run_module("convoy.client", "bench", *flags, *load, "--address", mlserver)
     assert result.returncode == 0, result.stderr
     (run,) = json.loads(result.stdout)["runs"]
     assert run["errors"] == {}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import clients
-from clients import (
+import convoy.client
+from convoy.client import (
     AsyncClient,
     Classification,
     Client,
@@ -30,11 +30,14 @@ def golden(repository):
 
 
 def test_the_public_names_are_those_listed():
-    assert sorted(clients.__all__) == sorted(
+    assert sorted(convoy.client.__all__) == sorted(
         name
-        for name, value in vars(clients).items()
-        if (not name.startswith("_") and getattr(value, "__module__", "").startswith("clients"))
-        or name == "ImageLike"
+        for name, value in vars(convoy.client).items()
+        if (
+            not name.startswith("_")
+            and getattr(value, "__module__", "").startswith("convoy.client")
+        )
+        or name in ("ImageLike", "__version__")
     )
 
 
@@ -49,7 +52,7 @@ def test_an_image_may_come_in_any_form(server, golden, tmp_path):
     assert answers.pop()[0].index == golden["logits"][0].argmax()
 
 
-def test_an_answer_tells_where_its_time_went(server, golden):
+def test_an_answer_has_its_stage_times(server, golden):
     with Client(server.address) as client:
         started_s = time.perf_counter()
         answer = client.classify(golden["images"][0])
@@ -108,18 +111,18 @@ def test_many_images_in_order_without_an_event_loop(server, golden):
             assert answer.best.index == golden["logits"][number % 16].argmax()
 
 
-def test_a_window_for_no_request_is_refused_at_once():
+def test_a_window_below_one_is_rejected_at_once():
     with Client("127.0.0.1:1") as client, pytest.raises(UsageError, match="at least 1, got 0"):
         client.classify_many([], in_flight=0)
 
 
-async def test_a_window_for_no_request_is_refused_at_once_in_asyncio():
+async def test_a_window_below_one_is_rejected_at_once_in_asyncio():
     async with AsyncClient("127.0.0.1:1") as client:
         with pytest.raises(UsageError, match="at least 1, got -1"):
             client.classify_many([], in_flight=-1)
 
 
-async def test_both_clients_infer_and_look_at_the_server_alike(server, golden):
+async def test_both_clients_infer_and_inspect_the_server_alike(server, golden):
     inputs = {"image": golden["images"]}
     with Client(server.address) as client:
         answer = client.infer("digits", inputs)

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 import pytest
 
-from clients import (
+from convoy.client import (
     AccessError,
     AsyncClient,
     Classification,
@@ -32,7 +32,7 @@ IN_FLIGHT = 8
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory):
-    """A folder with what a server and its callers need."""
+    """A folder with the certificates and tokens of a server and its callers."""
     folder = tmp_path_factory.mktemp("certificates")
     servers, callers = Authority("servers"), Authority("callers")
     for name, authority in (("servers", servers), ("callers", callers)):
@@ -83,14 +83,14 @@ def test_tls_and_the_token_by_the_environment(tls_server, certificates, classify
     monkeypatch.setenv("CONVOY_TLS_CA", str(certificates / "servers.pem"))
     monkeypatch.setenv("CONVOY_TOKEN", "secret")
     assert classify(tls_server.address, PIXELS).model == "digits"
-    listed = run_module("clients", "models", "--address", tls_server.address)
+    listed = run_module("convoy.client", "models", "--address", tls_server.address)
     assert listed.returncode == 0, listed.stderr
     assert "digits" in listed.stdout
     monkeypatch.setenv("CONVOY_TOKEN", "other")
-    refused = run_module("clients", "models", "--address", tls_server.address)
-    assert refused.returncode == 1
-    assert refused.stderr.count("\n") == 1
-    assert "token" in refused.stderr
+    rejected = run_module("convoy.client", "models", "--address", tls_server.address)
+    assert rejected.returncode == 1
+    assert rejected.stderr.count("\n") == 1
+    assert "token" in rejected.stderr
 
 
 def test_mutual_tls(mutual_tls_server, certificates, classify):
@@ -122,8 +122,8 @@ def full_server(repository) -> Iterator[ServerProcess]:
         waiting.cancel()
 
 
-def test_the_servers_pushback_is_waited_for_and_not_ones_own_backoff(full_server, classify):
-    """It names milliseconds, the policy an hour: only the former fits into the deadline."""
+def test_the_pushback_replaces_the_backoff(full_server, classify):
+    """The pushback is milliseconds, the policy's backoff an hour: only one fits the deadline."""
     before = full_server.metric("convoy_outcomes_total", reason="full")
     patient = RetryPolicy(attempts=3, initial_backoff_s=3600, max_backoff_s=3600)
     with pytest.raises(OverloadedError):
@@ -131,13 +131,13 @@ def test_the_servers_pushback_is_waited_for_and_not_ones_own_backoff(full_server
     assert full_server.metric("convoy_outcomes_total", reason="full") == before + 3
 
 
-def test_without_a_retry_a_full_queue_is_overload_at_once(full_server, classify):
+def test_without_retries_a_full_queue_is_an_error_at_once(full_server, classify):
     once = ConnectionOptions(RetryPolicy(attempts=1))
     with pytest.raises(OverloadedError):
         classify(full_server.address, PIXELS, options=once, timeout_s=60)
 
 
-def test_what_waits_longer_than_its_deadline_ends_with_it(repository, classify):
+def test_a_waiting_image_ends_at_its_deadline(repository, classify):
     flags = ("--device", "cpu", "--max-queue-delay-ms", 3_600_000)
     with running_server(repository, *flags) as server, pytest.raises(DeadlineExceededError):
         classify(server.address, PIXELS, timeout_s=1)
@@ -163,7 +163,7 @@ def classify_many(request):
     return by_client if request.param == "sync" else by_async_client
 
 
-def test_a_server_that_is_killed_and_comes_back_midway(repository, classify_many):
+def test_a_server_that_is_killed_and_returns_midway(repository, classify_many):
     """Each image has its own outcome in its place, and those after the restart are answered."""
     with np.load(repository / "digits" / "1" / "samples.npz", allow_pickle=False) as samples:
         images, classes = samples["images"], samples["logits"].argmax(axis=1)
@@ -193,7 +193,7 @@ def test_a_server_that_is_killed_and_comes_back_midway(repository, classify_many
             assert outcome.best.index == classes[number % 16]
         else:
             assert isinstance(outcome, UnavailableError)
-    # At most IN_FLIGHT were under way when it died, and were still being retried when it came back.
+    # At most IN_FLIGHT were in flight when it died, and were still being retried when it came back.
     assert all(isinstance(each, Classification) for each in outcomes[: 40 - IN_FLIGHT])
     assert all(isinstance(each, UnavailableError) for each in outcomes[40 : 80 - IN_FLIGHT])
     assert isinstance(outcomes[-1], Classification)

@@ -1,4 +1,4 @@
-"""Pictures over a ClassifyStream call: real servers that refuse, hang, break off, restart."""
+"""Images over a ClassifyStream call: real servers that reject, hang, close, restart."""
 
 import asyncio
 import itertools
@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from clients import (
+from convoy.client import (
     AccessError,
     AsyncClient,
     Classification,
@@ -26,7 +26,7 @@ from clients import (
     UnavailableError,
     UnsupportedError,
 )
-from clients.backlog import Backlog
+from convoy.client.pending import PendingRequests
 from convoy.v1 import classifier_pb2 as pb
 from convoy.v1 import classifier_pb2_grpc
 from tests.processes import running_server
@@ -36,13 +36,13 @@ OPTIONS = ConnectionOptions(QUICK)
 
 
 def reply(request):
-    """Answers with the picture's own text, so that a mix-up shows."""
+    """Answers with the image's own text, so that a mix-up shows."""
     label = request.request.encoded.decode()
     response = pb.ClassifyResponse(model="m", version=1, classes=[pb.ClassScore(label=label)])
     return pb.ClassifyStreamResponse(id=request.id, response=response)
 
 
-def refusal(request, code, retry_after_ms=0):
+def rejection(request, code, retry_after_ms=0):
     error = pb.Error(code=code.value[0], message="not now", retry_after_ms=retry_after_ms)
     return pb.ClassifyStreamResponse(id=request.id, error=error)
 
@@ -51,7 +51,7 @@ class StreamServer(classifier_pb2_grpc.ClassifierServiceServicer):
     """Answers ClassifyStream by `handler`: of requests, context, how many calls came before.
 
     Attributes:
-        received: The pictures of each call.
+        received: The images of each call.
         answered: Those that a reply was sent for.
     """
 
@@ -133,11 +133,11 @@ def test_answers_come_in_order_though_the_server_mixes_them_up(classify_many):
     assert server.received == [IMAGES]
 
 
-def test_what_is_wrong_with_a_picture_stands_in_its_place(classify_many):
+def test_the_error_of_an_image_is_in_its_place(classify_many):
     def handle(requests, context, earlier):
         for request in requests:
             bad = request.request.encoded == b"bad"
-            yield refusal(request, grpc.StatusCode.INVALID_ARGUMENT) if bad else reply(request)
+            yield rejection(request, grpc.StatusCode.INVALID_ARGUMENT) if bad else reply(request)
 
     with serving(handle) as server:
         answers = classify_many(server.address, [b"a", b"bad", "nowhere.png", b"b"])
@@ -154,13 +154,13 @@ def test_a_broken_stream_is_opened_anew_and_only_what_was_not_answered_is_sent_a
     with serving(breaks_off) as server:
         assert labels(classify_many(server.address, IMAGES)) == IMAGES
     assert len(server.received) == 4
-    # The server answered each picture once, so none was sent again after its answer.
+    # The server answered each image once, so none was sent again after its answer.
     assert server.answered == IMAGES
     for earlier, later in itertools.pairwise(server.received):
         assert later[: len(earlier) - 10] == earlier[10:]
 
 
-def test_a_server_that_ends_the_stream_in_peace_is_asked_again(classify_many):
+def test_a_stream_that_ends_with_ok_is_opened_again(classify_many):
     def ends(requests, context, earlier):
         yield from map(reply, itertools.islice(requests, None if earlier else 5))
 
@@ -169,7 +169,7 @@ def test_a_server_that_ends_the_stream_in_peace_is_asked_again(classify_many):
     assert server.answered == IMAGES
 
 
-def test_a_server_that_is_stopped_midway_and_started_again_is_found(classify_many):
+def test_a_server_that_is_restarted_midway_is_found(classify_many):
     reached = Event()
 
     def hangs_then_ends(requests, context, earlier):
@@ -193,32 +193,32 @@ def test_a_server_that_is_stopped_midway_and_started_again_is_found(classify_man
     assert first.answered + second.answered == IMAGES
 
 
-def test_refused_pictures_are_sent_again_after_the_servers_pushback(classify_many):
+def test_rejected_images_are_sent_again_after_the_pushback(classify_many):
     seen = set()
 
-    def refuses_once(requests, context, earlier):
+    def rejects_once(requests, context, earlier):
         for request in requests:
             first = request.request.encoded not in seen
             seen.add(request.request.encoded)
             full = grpc.StatusCode.RESOURCE_EXHAUSTED
-            yield refusal(request, full, 20) if first else reply(request)
+            yield rejection(request, full, 20) if first else reply(request)
 
-    with serving(refuses_once) as server:
+    with serving(rejects_once) as server:
         assert labels(classify_many(server.address, IMAGES[:20])) == IMAGES[:20]
     assert sorted(server.received[0]) == sorted(IMAGES[:20] * 2)
 
 
-def test_refusals_end(classify_many):
-    def refuses(requests, context, earlier):
+def test_retries_of_rejections_end(classify_many):
+    def rejects(requests, context, earlier):
         for request in requests:
-            yield refusal(request, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            yield rejection(request, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
-    with serving(refuses) as server:
+    with serving(rejects) as server:
         assert labels(classify_many(server.address, [b"a"])) == [OverloadedError]
         assert server.received == [[b"a"] * QUICK.attempts]
 
 
-def test_a_picture_that_is_never_answered_is_late_and_stops_nobody_else(classify_many):
+def test_an_image_without_an_answer_times_out_alone(classify_many):
     def forgets(requests, context, earlier):
         yield from (reply(request) for request in requests if request.request.encoded != b"001")
 
@@ -227,7 +227,7 @@ def test_a_picture_that_is_never_answered_is_late_and_stops_nobody_else(classify
     assert answers == [IMAGES[0], DeadlineExceededError, *IMAGES[2:20]]
 
 
-def test_a_server_that_stays_away_is_unavailable_by_the_deadline(classify_many):
+def test_an_absent_server_is_unavailable_by_the_deadline(classify_many):
     answers = classify_many("127.0.0.1:1", IMAGES[:5], timeout_s=0.5)
     assert labels(answers) == [UnavailableError] * 5
 
@@ -239,18 +239,18 @@ def test_a_server_that_stays_away_is_unavailable_by_the_deadline(classify_many):
         (grpc.StatusCode.UNAUTHENTICATED, AccessError),
     ],
 )
-def test_a_server_that_will_not_have_a_stream_says_so_at_once(classify_many, code, error):
-    def refuses(requests, context, earlier):
+def test_a_server_that_rejects_streams_fails_at_once(classify_many, code, error):
+    def rejects(requests, context, earlier):
         context.abort(code, "no")
 
-    with serving(refuses) as server:
+    with serving(rejects) as server:
         with pytest.raises(error, match="no"):
             classify_many(server.address, IMAGES)
         # gRPC for asyncio hides the reason now and then; the next attempt listens first.
         assert len(server.received) < 10
 
 
-def test_pictures_are_taken_only_as_fast_as_they_are_answered():
+def test_images_are_taken_only_as_fast_as_they_are_answered():
     taken = itertools.count()
 
     def endless():
@@ -266,7 +266,7 @@ def test_pictures_are_taken_only_as_fast_as_they_are_answered():
         assert list(client.classify_many([], stream=True)) == []
 
 
-def test_the_first_picture_is_sent_before_the_second_is_there():
+def test_the_first_image_is_sent_before_the_second_is_there():
     first_answered = Event()
 
     def slow():
@@ -292,7 +292,7 @@ def test_a_stream_ends_its_threads():
                 assert not thread.is_alive()
 
 
-def test_a_server_process_that_is_killed_midway_and_started_again_loses_no_picture(
+def test_a_server_process_that_is_killed_midway_and_restarted_loses_no_image(
     classify_many, repository
 ):
     with np.load(repository / "digits" / "1" / "samples.npz", allow_pickle=False) as samples:
@@ -302,7 +302,7 @@ def test_a_server_process_that_is_killed_midway_and_started_again_loses_no_pictu
     flags = ("--device", "cpu", "--port", port)
     midway = Event()
 
-    def pictures():
+    def images():
         for number in range(1000):
             if number == 300:
                 midway.set()
@@ -311,7 +311,7 @@ def test_a_server_process_that_is_killed_midway_and_started_again_loses_no_pictu
     with ThreadPoolExecutor(1) as pool:
         with running_server(repository, *flags) as first:
             address = f"127.0.0.1:{port}"
-            answers = pool.submit(classify_many, address, pictures(), 64, timeout_s=90)
+            answers = pool.submit(classify_many, address, images(), 64, timeout_s=90)
             assert midway.wait(60)
             first.process.kill()
             first.process.wait()
@@ -331,13 +331,13 @@ class Clock:
 def test_waits_are_drawn_below_a_bound_that_doubles_and_the_budget_stops_retries():
     clock = Clock()
     policy = RetryPolicy(attempts=5, initial_backoff_s=1, max_backoff_s=3, budget=8)
-    backlog = Backlog(100, 60, policy, clock, draw=lambda: 1.0)
+    backlog = PendingRequests(100, 60, policy, clock, draw=lambda: 1.0)
     waits_s = []
     backlog.add(pb.ClassifyRequest(encoded=b"x"))
     (message,) = backlog.due()
-    refused = pb.ClassifyStreamResponse(id=message.id, error=pb.Error(code=14, message="no"))
+    rejected = pb.ClassifyStreamResponse(id=message.id, error=pb.Error(code=14, message="no"))
     for _ in range(3):
-        backlog.answered(refused)
+        backlog.answered(rejected)
         waits_s.append(backlog.wait_s())
         assert backlog.due() == []
         clock.now_s += backlog.wait_s()
@@ -345,6 +345,6 @@ def test_waits_are_drawn_below_a_bound_that_doubles_and_the_budget_stops_retries
     assert waits_s == [1, 2, 3]
     assert backlog.take() is None
     # The fourth of eight tokens is spent: no more retries, though an attempt was left.
-    backlog.answered(refused)
+    backlog.answered(rejected)
     assert isinstance(backlog.take(), UnavailableError)
     assert backlog.is_empty

@@ -1,4 +1,4 @@
-"""Arrays to OIP tensors and back."""
+"""Arrays to tensors of the Open Inference Protocol and back."""
 
 import numpy as np
 import pytest
@@ -6,15 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
 
-from clients.errors import TensorError
-from clients.tensors import dtype_of, infer_request, inference
+from convoy.client.errors import TensorError
+from convoy.client.tensors import dtype_of, infer_request, inference
 from convoy.oip.v2 import inference_pb2 as pb
 
 NUMERIC = ["?", "u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]
 
 
 def echoed(array):
-    """What comes back when a server sends an input as it got it."""
+    """The array that a server returns when it echoes an input."""
     request = infer_request("m", {"x": array}, "", ())
     (tensor,) = request.inputs
     reply = pb.ModelInferResponse(model_name="m", model_version="3")
@@ -25,7 +25,7 @@ def echoed(array):
 
 @pytest.mark.parametrize("code", NUMERIC)
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_numbers_survive_and_are_called_as_triton_calls_them(code, order):
+def test_numbers_round_trip_with_tritons_datatypes(code, order):
     array = np.arange(-3, 9).reshape(3, 4).astype(np.dtype(order + code))
     datatype, raw, answer = echoed(array)
     assert datatype == np_to_triton_dtype(np.dtype(code))
@@ -40,7 +40,7 @@ def test_a_view_is_sent_row_by_row():
 
 
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=8))
-def test_bytes_survive_and_are_laid_out_as_triton_lays_them(elements):
+def test_bytes_round_trip_in_tritons_layout(elements):
     array = np.empty(len(elements), object)
     array[:] = elements
     datatype, raw, answer = echoed(array)
@@ -92,19 +92,19 @@ def typed(datatype, field, value):
     ("message", "words"),
     [
         (reply(shape=(3,)), r"expected \[3\], got 2"),
-        (reply(raw=(b"\0" * 7,)), "7 bytes are no FP32"),
+        (reply(raw=(b"\0" * 7,)), "7 bytes are not whole elements of FP32"),
         (reply(raw=(b"", b"")), "1 raw contents, got 2"),
         (reply("BF16"), "BF16"),
         (reply("FP16", raw=()), "raw contents only"),
-        (reply("BYTES", raw=(b"\x05\0\0\0ab",)), "are no BYTES"),
-        (reply("BYTES", raw=(b"\x05\0",)), "are no BYTES"),
+        (reply("BYTES", raw=(b"\x05\0\0\0ab",)), "are not whole elements of BYTES"),
+        (reply("BYTES", raw=(b"\x05\0",)), "are not whole elements of BYTES"),
         (reply(shape=(-1,)), r"expected \[-1\], got 2"),
         (reply(shape=(-1, -2)), r"expected \[-1, -2\], got 2"),
-        (typed("UINT8", "uint_contents", 256), "no UINT8: .*256"),
-        (typed("INT8", "int_contents", -129), "no INT8: .*-129"),
+        (typed("UINT8", "uint_contents", 256), "not UINT8: .*256"),
+        (typed("INT8", "int_contents", -129), "not INT8: .*-129"),
     ],
 )
-def test_a_reply_that_makes_no_sense_is_an_error(message, words):
+def test_a_malformed_reply_is_an_error(message, words):
     with pytest.raises(TensorError, match=words):
         inference(message)
 

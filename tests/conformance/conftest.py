@@ -25,7 +25,7 @@ _DTYPES = {"UINT8": np.uint8, "FP32": np.float32, "INT64": np.int64, "INT32": np
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance")
     group.addoption("--address", help="HOST:PORT of the server to test; none starts ours")
-    group.addoption("--model", help="name of the model to ask", default="colours")
+    group.addoption("--model", help="name of the model to ask", default="colors")
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,22 @@ def outputs_of(reply: pb.ModelInferResponse) -> dict[str, np.ndarray]:
     return arrays
 
 
-@pytest.fixture(scope="session", params=["native", "front ends"])
+@pytest.fixture(scope="session", params=["h2corn", "front ends"])
 def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Target]:
     """The server that the command line names, or ours, with and without front ends."""
     address = request.config.getoption("--address", None)
-    model = request.config.getoption("--model", "colours")
+    model = request.config.getoption("--model", "colors")
     if address:
-        if request.param != "native":
+        if request.param != "h2corn":
             pytest.skip("a server that is named is tested once")
         yield _describe(address, model)
         return
     repository = tmp_path_factory.mktemp("conformance")
-    publish_version(repository / "colours" / "1")
+    publish_version(repository / "colors" / "1")
     with running_server(repository, "--device", "cpu", *GRPC_FLAGS[request.param]) as server:
-        yield _describe(server.address, "colours")
+        yield _describe(server.address, "colors")
 
 
 def _describe(address: str, model: str) -> Target:

@@ -1,4 +1,4 @@
-"""Nobody's answer is lost, doubled or given to another, whatever the neighbours do.
+"""Nobody's answer is lost, doubled or given to another, whatever the neighbors do.
 
 Callers who cancel, who let a deadline of a moment pass, who drop the connection or send what is no
 tensor share batches with callers who behave. Each of the latter sends rows that nobody else sends,
@@ -46,7 +46,7 @@ async def _is_malformed(stub: Stub, target: Target, seed: int, chance: random.Ra
 
 
 async def _disconnects(target: Target, seed: int, chance: random.Random) -> None:
-    # A connection of its own, lost with calls under way.
+    # A connection of its own, lost with calls in flight.
     options = [("grpc.use_local_subchannel_pool", 1)]
     async with grpc.aio.insecure_channel(target.address, options=options) as channel:
         stub = Stub(channel)
@@ -108,6 +108,6 @@ def test_every_answer_is_the_caller_s_own(answers, target, stub):
             )
 
 
-def test_the_server_goes_on(answers, target, stub):
+def test_the_server_keeps_answering(answers, target, stub):
     assert stub.ServerReady(pb.ServerReadyRequest(), timeout=10).ready
     assert stub.ModelReady(pb.ModelReadyRequest(name=target.model), timeout=10).ready

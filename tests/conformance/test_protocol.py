@@ -173,7 +173,7 @@ def test_an_unknown_version_is_not_found(stub, target):
     assert status_of(lambda: stub.ModelInfer(request, timeout=30)) == "NOT_FOUND"
 
 
-def test_a_request_is_answered_within_its_deadline_or_told_that_it_was_not(stub, target):
+def test_a_request_is_answered_within_its_deadline_or_fails_with_its_status(stub, target):
     request = target.request(target.rows(1, seed=1))
     codes = set()
     for number in range(30):

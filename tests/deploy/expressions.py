@@ -89,8 +89,11 @@ def alert_expressions() -> list[Expression]:
     return [Expression(rule["alert"], rule["expr"]) for rule in rules("alert")]
 
 
-def autoscaler_expression() -> Expression:
+def autoscaler_expressions() -> list[Expression]:
     """What the autoscaler reads through prometheus-adapter; servers stand for pods."""
-    (rule,) = yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]
-    promql = rule["metricsQuery"].replace("<<.GroupBy>>", "instance")
-    return Expression("autoscaler", promql.replace("<<.LabelMatchers>>", 'job="convoy"'), "s")
+    found = []
+    for rule in yaml.safe_load(ADAPTER.read_text())["rules"]["custom"]:
+        promql = rule["metricsQuery"].replace("<<.GroupBy>>", "instance")
+        promql = promql.replace("<<.LabelMatchers>>", 'job="convoy"')
+        found.append(Expression(f"autoscaler {rule['name']['as']}", promql, "s"))
+    return found

@@ -1,14 +1,16 @@
-"""The compose stack, really built and run. `make compose-test`; other runs leave it out.
+"""The compose stack, plain and secured, really built and run.
 
-Grafana is not started: the rest of the stack does not need it, and its dashboard's queries have a
-test of their own.
+`make compose-test`; other runs leave it out. Grafana is not started: the rest of the stack does not
+need it, and its dashboard's queries have a test of their own.
 """
 
 import json
 import os
 import shutil
+import ssl
 import subprocess
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -21,11 +23,14 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from clients import Client, ClientError
+from convoy.client import Client, ClientError, ConnectionOptions, Tls
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "convoy-compose-test"
 UID = "10001"
+# The user of batch jobs, who is not root.
+BATCH_UID = "4242"
+OVERLAY = ("-f", "docker-compose.yml", "-f", "docker-compose.secure.yml")
 BUILD_TIMEOUT_S = 3000
 
 pytestmark = [pytest.mark.compose, pytest.mark.timeout(BUILD_TIMEOUT_S)]
@@ -129,19 +134,20 @@ def stack(tmp_path_factory) -> Iterator[Stack]:
     compose = compose_command()
     folder = tmp_path_factory.mktemp("stack")
     (folder / "images").mkdir()
-    (folder / "predictions").mkdir()
     for digit, pixels in enumerate(load_digits().images[:10]):
         Image.fromarray((pixels * 255 / 16).astype("uint8")).save(folder / f"images/{digit}.png")
     settings = {
         "COMPOSE_PROJECT_NAME": PROJECT,
-        "CONVOY_GRPC_PORT": "0",
-        "CONVOY_HTTP_PORT": "0",
+        "CONVOY_PORT": "0",
+        "CONVOY_METRICS_PORT": "0",
         "PROMETHEUS_PORT": "0",
         "TENSORBOARD_PORT": "0",
         "CONVOY_IMAGES": str(folder / "images"),
+        # Docker makes this folder.
         "CONVOY_PREDICTIONS": str(folder / "predictions"),
-        "CONVOY_UID": str(os.getuid()),
-        "CONVOY_GID": str(os.getgid()),
+        "CONVOY_SECRETS": str(folder / "secrets"),
+        "CONVOY_UID": BATCH_UID,
+        "CONVOY_GID": BATCH_UID,
     }
     stack = Stack(compose, {**os.environ, **settings}, folder)
     try:
@@ -221,7 +227,7 @@ def test_the_server_runs_without_root_rights_tools_or_torch(stack):
     assert host["Memory"] == 2 * 2**30
 
 
-def test_the_images_say_what_they_are(stack):
+def test_the_container_images_describe_themselves(stack):
     labels = stack.inspect("server")["Config"]["Labels"]
     assert labels["org.opencontainers.image.title"] == "convoy-server"
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
@@ -268,7 +274,9 @@ def test_the_trainer_does_not_train_again(stack):
 
 def test_the_batch_profile_writes_a_row_for_each_image(stack):
     stack.run("--profile", "batch", "run", "--rm", "-T", "batch", timeout_s=BUILD_TIMEOUT_S)
-    table = pyarrow.parquet.read_table(stack.folder / "predictions" / "predictions.parquet")
+    predictions = stack.folder / "predictions"
+    assert str(predictions.stat().st_uid) == BATCH_UID
+    table = pyarrow.parquet.read_table(predictions / "predictions.parquet")
     names = [path.name for path in stack.images]
     assert {row["path"]: row["label"] for row in table.to_pylist()} == dict(
         zip(names, stack.classify(), strict=True)
@@ -295,3 +303,92 @@ def test_stopping_drains_and_exits_cleanly(stack):
     assert stack.inspect("server")["State"]["ExitCode"] == 0
     with Client(address, timeout_s=1) as client, pytest.raises(ClientError):
         client.classify(stack.images[0])
+
+
+def test_logs_are_rotated(stack):
+    config = stack.inspect("server")["HostConfig"]["LogConfig"]
+    assert config == {"Type": "json-file", "Config": {"max-file": "3", "max-size": "10m"}}
+
+
+def test_a_rolled_back_model_and_a_restored_volume_are_served(stack):
+    """The commands of docs/deployment.md, on the volumes of this project."""
+    stack.run("up", "-d", "--no-build", "server")
+    eventually(lambda: stack.is_healthy("server"), 120, "the server is healthy")
+    publish = "convoy-export /runs/digits/best.pt --repository /models --name digits"
+    stack.run("run", "--rm", "-T", "trainer", *publish.split(), timeout_s=600)
+    eventually(lambda: served_versions(stack) == [2], 120, "version 2 is served")
+    rollback = "convoy-export promote digits 1 --repository /models"
+    stack.run("run", "--rm", "-T", "trainer", *rollback.split())
+    eventually(lambda: served_versions(stack) == [1], 120, "version 1 is served")
+    save = "tar -C /models -c ."
+    archive = subprocess.run(
+        [*stack.compose, "run", "--rm", "-T", "--no-deps", "trainer", *save.split()],
+        cwd=ROOT,
+        env=stack.environment,
+        capture_output=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    stack.run("down", "--volumes", timeout_s=180)
+    restore = "tar -C /models -x"
+    subprocess.run(
+        [*stack.compose, "run", "--rm", "-T", "--no-deps", "trainer", *restore.split()],
+        cwd=ROOT,
+        env=stack.environment,
+        input=archive,
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
+    stack.run("up", "-d", "--no-build", "server", timeout_s=300)
+    eventually(lambda: stack.is_healthy("server"), 120, "the server is healthy")
+    assert "nothing to do" in stack.run("logs", "--no-color", "trainer")
+    assert served_versions(stack) == [1]
+
+
+def served_versions(stack: Stack) -> list[int]:
+    with Client(stack.address("server", 8001)) as client:
+        return [model.version for model in client.models()]
+
+
+@pytest.fixture(scope="module")
+def secured(stack) -> Stack:
+    """The same stack with docker-compose.secure.yml above it."""
+    subprocess.run([ROOT / "deploy" / "make-secrets", stack.folder / "secrets"], check=True)
+    secured = Stack((*stack.compose, *OVERLAY), stack.environment, stack.folder)
+    secured.run("up", "-d", "--no-build", "server", "prometheus", timeout_s=300)
+    eventually(lambda: secured.is_healthy("server"), 120, "the secured server is healthy")
+    return secured
+
+
+def test_callers_of_the_secured_stack_need_its_token(secured):
+    folder = secured.folder / "secrets"
+    tls, token = Tls(ca=folder / "ca.crt"), (folder / "token").read_text().strip()
+    address = secured.address("server", 8001)
+    with Client(address, options=ConnectionOptions(tls=tls, token=token)) as client:
+        labels = [client.classify(path).best.label for path in secured.images]
+    assert sum(label == str(digit) for digit, label in enumerate(labels)) >= 8
+    with (
+        Client(address, options=ConnectionOptions(tls=tls)) as client,
+        pytest.raises(ClientError),
+    ):
+        client.classify(secured.images[0])
+    context = ssl.create_default_context(cafile=folder / "ca.crt")
+    with urllib.request.urlopen(f"https://{address}", context=context) as page:
+        assert b"<title>Convoy</title>" in page.read()
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"https://{address}/ui/state", context=context)
+
+
+def test_the_secured_server_is_scraped_and_keeps_its_secrets(secured):
+    eventually(lambda: secured.query('up{job="convoy"} == 1'), 60, "the server is scraped")
+    token = (secured.folder / "secrets" / "token").read_text().strip()
+    assert token not in json.dumps(secured.inspect("server"))
+
+
+def test_the_batch_profile_of_the_secured_stack_writes_its_rows(secured):
+    (secured.folder / "predictions" / "predictions.parquet").unlink()
+    arguments = ("--profile", "batch", "run", "--rm", "-T", "batch")
+    secured.run(*arguments, timeout_s=300)
+    table = pyarrow.parquet.read_table(secured.folder / "predictions" / "predictions.parquet")
+    assert [bool(row["error"]) for row in table.to_pylist()] == [False] * 10

@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.settings import ServerSettings
+from convoy.server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 SERVICES = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+# Services that end.
+ONCE = {"trainer", "predictions-folder", "batch"}
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
 def test_the_example_settings_are_the_defaults():
-    defaults = dict(VARIABLE.findall((ROOT / "docker-compose.yml").read_text()))
+    files = ("docker-compose.yml", "docker-compose.secure.yml")
+    defaults = dict(VARIABLE.findall("".join((ROOT / name).read_text() for name in files)))
     lines = (ROOT / ".env.example").read_text().splitlines()
     example = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     assert example == {name: value for name, value in defaults.items() if name in example}
@@ -26,9 +29,23 @@ def test_the_example_settings_are_the_defaults():
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_ports_are_published_on_loopback_unless_told_otherwise(name):
+def test_ports_are_published_on_loopback_by_default(name):
     for port in SERVICES[name].get("ports", ()):
         assert VARIABLE.sub(r"\2", port).startswith("127.0.0.1:")
+
+
+def test_who_opens_the_port_for_callers_opens_no_other():
+    published = {port for name in SERVICES for port in SERVICES[name].get("ports", ())}
+    assert {port for port in published if "${CONVOY_BIND:-" in port} == {
+        "${CONVOY_BIND:-127.0.0.1}:${CONVOY_PORT:-8001}:8001"
+    }
+
+
+def test_grafana_has_no_default_password_and_a_health_check():
+    environment = SERVICES["grafana"]["environment"]
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert not any("PASSWORD" in key for key in environment)
+    assert SERVICES["grafana"]["healthcheck"]["test"][-1].endswith("/api/health")
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -36,7 +53,8 @@ def test_every_service_has_limits_and_a_restart_policy(name):
     service = SERVICES[name]
     assert {"mem_limit", "cpus", "pids_limit"} <= service.keys()
     assert service["cap_drop"] == ["ALL"]
-    assert service["restart"] == ("no" if name in {"trainer", "batch"} else "unless-stopped")
+    assert service["restart"] == ("no" if name in ONCE else "unless-stopped")
+    assert service["logging"]["options"].keys() == {"max-size", "max-file"}
 
 
 def test_docker_waits_longer_than_the_server_drains():
@@ -46,9 +64,10 @@ def test_docker_waits_longer_than_the_server_drains():
     assert int(grace.removesuffix("s")) >= drain_s + 5
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.gpu.yml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("docker-compose*.yml")))
 def test_compose_1_29_understands_the_file(name):
     assert yaml.safe_load((ROOT / name).read_text()).keys() <= {
+        "secrets",
         "x-restricted",
         "services",
         "volumes",
@@ -73,7 +92,7 @@ def test_the_images_are_built_with_the_makefiles_uv():
     assert f"ARG UV_VERSION={makefile[1]}\n" in DOCKERFILE
 
 
-def test_the_images_bear_the_projects_version():
+def test_the_container_images_have_the_projects_version():
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert set(re.findall(r"^ARG VERSION=(\S+)", DOCKERFILE, re.MULTILINE)) == {version}
 

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.settings import ServerSettings
+from convoy.server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
@@ -32,11 +32,12 @@ def resources(folder: Path) -> dict[str, dict]:
     return {document["kind"]: document for document in documents}
 
 
-ALL = {kind: resource for folder in FOLDERS for kind, resource in resources(folder).items()}
+BASE, KSERVE = map(resources, FOLDERS)
+ALL = {**KSERVE, **BASE}
 
 
 def closed(schema: object) -> object:
-    """A custom resource's schema, refusing unknown fields as the API server does when asked to."""
+    """A custom resource's schema, rejecting unknown fields as the API server does when asked to."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -58,9 +59,12 @@ def validate(resource: dict) -> None:
         kubernetes_validate.validate(resource, version, strict=True)
 
 
-@pytest.mark.parametrize("kind", ALL)
-def test_a_manifest_satisfies_its_published_schema(kind):
-    validate(ALL[kind])
+@pytest.mark.parametrize(
+    "resource",
+    [pytest.param(each, id=each["kind"]) for each in (*BASE.values(), *KSERVE.values())],
+)
+def test_a_manifest_satisfies_its_published_schema(resource):
+    validate(resource)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +73,7 @@ def test_a_manifest_satisfies_its_published_schema(kind):
         ("Deployment", ("spec", "template", "spec", "terminationGracePeriod"), 45),
         ("HorizontalPodAutoscaler", ("spec", "maxReplicas"), "many"),
         ("ServiceMonitor", ("spec", "endpoint"), []),
+        ("PodMonitor", ("spec", "podMetricsEndpoints"), "metrics"),
         ("ServingRuntime", ("spec", "protocolVersions"), "grpc-v2"),
         ("InferenceService", ("spec", "predictor", "model", "uri"), "pvc://models"),
     ],
@@ -160,7 +165,7 @@ def test_everything_selects_the_pods_of_the_deployment():
 def test_named_ports_exist():
     ports = {port["name"]: port["containerPort"] for port in pod()["containers"][0]["ports"]}
     fields = ServerSettings.model_fields
-    assert ports == {"grpc": fields["port"].default, "http": fields["http_port"].default}
+    assert ports == {"grpc": fields["port"].default, "metrics": fields["metrics_port"].default}
     assert {port["targetPort"] for port in ALL["Service"]["spec"]["ports"]} == ports.keys()
     assert ALL["Service"]["spec"]["clusterIP"] == "None"
     endpoints = ALL["ServiceMonitor"]["spec"]["endpoints"]
@@ -169,11 +174,11 @@ def test_named_ports_exist():
 
 
 def test_the_autoscaler_reads_what_the_adapter_offers():
-    (rule,) = yaml.safe_load((KUBERNETES / "prometheus-adapter-values.yaml").read_text())["rules"][
-        "custom"
-    ]
-    (metric,) = ALL["HorizontalPodAutoscaler"]["spec"]["metrics"]
-    assert metric["pods"]["metric"]["name"] == rule["name"]["as"]
+    rules = yaml.safe_load((KUBERNETES / "prometheus-adapter-values.yaml").read_text())["rules"]
+    offered = {rule["name"]["as"] for rule in rules["custom"]}
+    metrics = ALL["HorizontalPodAutoscaler"]["spec"]["metrics"]
+    assert {metric["pods"]["metric"]["name"] for metric in metrics} == offered
+    assert offered == {"convoy_wait_seconds"}
     assert ALL["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"] == {
         "apiVersion": ALL["Deployment"]["apiVersion"],
         "kind": "Deployment",
@@ -188,3 +193,38 @@ def test_the_inference_service_asks_for_what_the_runtime_offers():
     assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
     formats = {supported["name"] for supported in runtime["spec"]["supportedModelFormats"]}
     assert model["modelFormat"]["name"] in formats
+
+
+def test_kserve_names_what_the_service_and_the_monitor_select():
+    name = KSERVE["InferenceService"]["metadata"]["name"]
+    # pkg/constants/constants.go of KServe: GetRawServiceLabel(PredictorServiceName(name)).
+    assert KSERVE["Service"]["spec"]["selector"] == {"app": f"isvc.{name}-predictor"}
+    assert KSERVE["Service"]["spec"]["clusterIP"] == "None"
+    (container,) = KSERVE["ServingRuntime"]["spec"]["containers"]
+    ports = [port["name"] for port in container["ports"]]
+    # The first one is what KServe's own Service offers, as HTTP/2 by its name.
+    assert ports == ["h2c", "metrics"]
+    assert KSERVE["Service"]["spec"]["ports"][0]["targetPort"] == "h2c"
+    (endpoint,) = KSERVE["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics"
+
+
+@pytest.mark.parametrize("container", containers(), ids=["Deployment", "KServe"])
+def test_probes_leave_a_margin_and_wait_for_the_first_model(container):
+    check_probes(container)
+
+
+def check_probes(container: dict) -> None:
+    start, ready, live = (
+        container[f"{each}Probe"] for each in ("startup", "readiness", "liveness")
+    )
+    # A server without a model is live and not ready, so it is not restarted until it has one.
+    assert start["httpGet"]["path"] == live["httpGet"]["path"] == "/healthz"
+    assert ready["httpGet"]["path"] == "/readyz"
+    for probe in (start, ready, live):
+        assert probe["httpGet"]["port"] == "metrics"
+        assert probe["timeoutSeconds"] >= 5
+        assert probe["failureThreshold"] >= 2
+    assert start["periodSeconds"] * start["failureThreshold"] >= 120
+    assert live["periodSeconds"] * live["failureThreshold"] >= 60
+    assert ready["periodSeconds"] * ready["failureThreshold"] <= 5

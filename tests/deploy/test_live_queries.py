@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 import subprocess
 import threading
 import time
@@ -15,50 +14,53 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
-from clients import Classification, Client
+from convoy.client import Classification, Client, ClientError
 from tests.deploy.expressions import (
     PROMETHEUS,
+    ROOT,
     Expression,
     alert_expressions,
-    autoscaler_expression,
+    autoscaler_expressions,
     dashboard,
     panel_expressions,
     record_expressions,
 )
+from tests.needs import needs_program
 from tests.processes import ServerProcess, running_server
 from tests.server.conftest import HEIGHT, WIDTH, publish_version
-from tests.server.test_canary import swap_red_and_blue
+from tests.server.models.test_canary import swap_red_and_blue
 
-MODEL = "colours"
+MODEL = "colors"
 ANSWERS_WITHIN_S = 60
 # All requests try a canary, and how fast it is does not matter here.
+# Nobody takes the spans; their ids are in the exemplars.
+TRACES = ("--otlp-endpoint", "http://127.0.0.1:1/v1/traces")
 CANARY = ("--canary-share", 1, "--canary-requests", 30, "--canary-max-slowdown", 1e6)
 # Only a machine with a GPU has these; test_prometheus feeds their queries by hand.
-NVML_METRICS = frozenset({"convoy_device_memory_bytes", "convoy_device_utilisation_ratio"})
-QUERIES = [*record_expressions(), *panel_expressions(), autoscaler_expression()]
+NVML_METRICS = frozenset({"convoy_device_memory_bytes", "convoy_device_utilization_ratio"})
+QUERIES = [*record_expressions(), *panel_expressions(), *autoscaler_expressions()]
 Samples = list[tuple[dict[str, str], float]]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None, reason="prometheus is not installed (Debian: prometheus)"
-)
+pytestmark = needs_program("prometheus", "prometheus")
 
 
 @dataclass
 class Load:
-    """Requests that go on until `stop` is set, and how they ended."""
+    """Requests until `stop` is set, and how they ended."""
 
     stop: threading.Event = field(default_factory=threading.Event)
     answers: Counter[str] = field(default_factory=Counter)
 
     def images(self) -> Iterator[object]:
-        """One-coloured pictures, and now and then what is no picture."""
+        """One-colored pictures, and now and then bytes that are not a picture."""
         pictures = [
-            Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "lime", "blue")
+            Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "lime", "blue")
         ] * 10
         for image in itertools.cycle([*pictures, b"this is no picture"]):
             if self.stop.is_set():
@@ -66,7 +68,7 @@ class Load:
             yield image
 
     def run(self, address: str) -> None:
-        """Sends with a deadline, some requests under way at a time."""
+        """Sends requests with a deadline, some of them in flight at a time."""
         with Client(address, timeout_s=20) as client:
             for answer in client.classify_many(self.images(), in_flight=8):
                 ended = answer.best.label if isinstance(answer, Classification) else "invalid"
@@ -99,10 +101,22 @@ class Observed:
         names = self._call("label/__name__/values")
         return {re.sub(r"_(bucket|sum|count)$", "", name) for name in names}
 
-    def _call(self, path: str, **parameters: str) -> dict:
+    def exemplars(self, promql: str) -> list[dict[str, str]]:
+        """The labels of the exemplars of a query's series in the last minute."""
+        now_s = time.time()
+        found = self._call("query_exemplars", query=promql, start=now_s - 60, end=now_s)
+        return [each["labels"] for series in found for each in series["exemplars"]]
+
+    def _call(self, path: str, **parameters: object) -> Any:
         url = f"http://{self.prometheus}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         with urllib.request.urlopen(url, timeout=10) as reply:
             return json.load(reply)["data"]
+
+
+def compose_flags(name: str) -> list[str]:
+    """The flags of a name that the stack gives to Prometheus."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    return [flag for flag in services["prometheus"]["command"] if flag.startswith(f"{name}=")]
 
 
 @contextmanager
@@ -117,6 +131,7 @@ def running_prometheus(folder: Path, target: str) -> Iterator[str]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}"]
     command += [f"--storage.tsdb.path={folder / 'data'}", "--web.listen-address=127.0.0.1:0"]
+    command += compose_flags("--enable-feature")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
         address, log = "", []
@@ -157,14 +172,19 @@ def observed(tmp_path_factory) -> Iterator[Observed]:
     publish_version(models / MODEL / "1")
     load = Load()
     with (
-        running_server(models, "--device", "cpu", "--poll-s", 0.2, *CANARY) as server,
-        running_prometheus(folder, server.http.removeprefix("http://")) as prometheus,
+        running_server(models, "--device", "cpu", "--poll-s", 0.2, *CANARY, *TRACES) as server,
+        running_prometheus(folder, server.metrics.removeprefix("http://")) as prometheus,
     ):
         # Before the load, for what is counted of a version is forgotten with it.
         stage_version(staged / "2", models, None)
         try_canary(server, load)
+        ask_for_no_model(server, load)
+        # For a moment the storage has an error.
+        (models / "broken").symlink_to("x" * 300)
+        server.wait_for("repository error")
+        (models / "broken").unlink()
         stage_version(staged / "3", models, cut_short)
-        server.wait_for("version refused")
+        server.wait_for("version rejected")
         stage_version(staged / "4", models, swap_red_and_blue)
         sender = threading.Thread(target=load.run, args=(server.address,))
         sender.start()
@@ -183,6 +203,13 @@ def try_canary(server: ServerProcess, load: Load) -> None:
         while (answer := client.classify(picture)).version == 1:
             pass
     load.answers[answer.best.label] += 1
+
+
+def ask_for_no_model(server: ServerProcess, load: Load) -> None:
+    """Sends a request for a model that is not in service."""
+    with Client(server.address) as client, pytest.raises(ClientError):
+        client.classify(Image.new("RGB", (WIDTH, HEIGHT)), model="cats")
+    load.answers["invalid"] += 1
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +255,20 @@ def test_latency_quantiles_are_in_order(observed, answers):
     assert 0 < p50 <= p90 <= p99
 
 
+def test_panels_of_latency_link_to_traces(observed, answers):
+    panels = [
+        panel
+        for panel in dashboard()["panels"]
+        if any(target.get("exemplar") for target in panel.get("targets", ()))
+    ]
+    assert len(panels) == 3
+    for query in panel_expressions():
+        if query.place.rpartition(" ")[0] in {panel["title"] for panel in panels}:
+            trace_ids = [labels["trace_id"] for labels in observed.exemplars(query.promql)]
+            assert trace_ids
+            assert all(re.fullmatch("[0-9a-f]{32}", each) for each in trace_ids)
+
+
 def test_shares_of_all_classes_add_up(observed, answers):
     (query,) = (query for query in QUERIES if query.place == "Predicted classes A")
     assert sum(value for _, value in observed.ask(query.promql)) == pytest.approx(1)
@@ -250,8 +291,8 @@ def test_prometheus_counts_what_the_clients_saw(observed, answers):
     assert counted == expected
 
 
-def test_only_the_refused_and_the_rolled_back_version_alarm(observed, answers):
-    expected = {"ConvoyRolledBack", "ConvoyVersionRefused"}
+def test_only_the_rejected_and_the_rolled_back_version_alarm(observed, answers):
+    expected = {"ConvoyRolledBack", "ConvoyVersionRejected"}
     deadline_s = time.monotonic() + ANSWERS_WITHIN_S
     while (firing := observed.firing()) < expected and time.monotonic() < deadline_s:
         time.sleep(0.5)

@@ -1,7 +1,6 @@
 """Prometheus's configuration, rules and alerts, by promtool; and the runbook they point to."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,18 +8,17 @@ import pytest
 import yaml
 
 from tests.deploy.expressions import PROMETHEUS, ROOT, Expression, panel_expressions, rules
+from tests.needs import needs_program
 
 RULE_TESTS = Path(__file__).parent / "rules"
 UNIT_TESTS = sorted(RULE_TESTS.glob("*.yml"))
 
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None, reason="promtool is not installed (Debian: prometheus)"
-)
+needs_promtool = needs_program("promtool", "prometheus")
 
 
 def promtool(*arguments: object) -> None:
     done = subprocess.run(
-        ["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+        ["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -9,12 +9,11 @@ from prometheus_client import CollectorRegistry
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
-from server import loading
-from server.backends import load_backend
-from server.backends.devices import Device
-from server.backends.runtimes import Runtime
-from server.batcher import BatchingLimits
-from server.metrics import ServerMetrics
+from convoy.server.backends.base import load_backend
+from convoy.server.backends.device import Device, Runtime
+from convoy.server.batching import BatchingLimits
+from convoy.server.metrics.requests import ServerMetrics
+from convoy.server.models import loader
 from tests.needs import needs_openvino
 from tests.processes import ServerProcess, running_server
 
@@ -75,9 +74,9 @@ def test_each_backend_loads_what_was_verified_though_the_files_change_meanwhile(
             path.write_bytes(b"not what was verified")
         return load_backend(*arguments, **options)
 
-    monkeypatch.setattr(loading, "load_backend", load_late)
+    monkeypatch.setattr(loader, "load_backend", load_late)
     limits = BatchingLimits(max_batch_size=4, max_queue_size=16)
-    options = loading.LoadOptions(Runtime(backend), (Device("cpu"),), 1, limits)
+    options = loader.LoadOptions(Runtime(backend), (Device("cpu"),), 1, limits)
     # Loading compares the answers with the golden samples, of the bytes that were verified too.
-    model = loading.ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
+    model = loader.ModelLoader(options, ServerMetrics(CollectorRegistry())).load(folder)
     assert model.runs_on.platform == platform

@@ -1,4 +1,4 @@
-"""OpenVINO beside ONNX Runtime on the same exported artefacts."""
+"""OpenVINO beside ONNX Runtime on the same exported artifacts."""
 
 import threading
 import time
@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from export import onnx_format
-from export.servable import Servable
-from server.backends import Backend, load_backend
-from server.backends.devices import Device, usable_cpus
-from server.backends.runtimes import Runtime
-from server.repository import VerifiedFile
+from convoy.export import onnx_format
+from convoy.export.servable import Servable
+from convoy.server.backends.base import Backend, load_backend
+from convoy.server.backends.device import Device, Runtime
+from convoy.server.cpus import usable_cpus
+from convoy.server.models.repository import VerifiedFile
+from convoy.training import nets
 from tests.needs import needs_openvino
-from training import nets
 
 pytestmark = needs_openvino
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 
 @pytest.fixture(scope="module")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VerifiedFile]:
-    folder = tmp_path_factory.mktemp("artefacts")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VerifiedFile]:
+    folder = tmp_path_factory.mktemp("artifacts")
 
     def export(name: str) -> VerifiedFile:
         path = folder / f"{name}.onnx"
@@ -51,9 +51,9 @@ def load(runtime: Runtime, file: VerifiedFile, threads: int = 1) -> Backend:
 
 
 @pytest.mark.parametrize("name", ["net", "net_res_deep", "airbench"])
-def test_both_runtimes_give_the_same_answers(artefact, name):
+def test_both_runtimes_give_the_same_answers(artifact, name):
     """In float32: bfloat16, which OpenVINO takes where it may, would differ in the third digit."""
-    file = artefact(name)
+    file = artifact(name)
     ours, theirs = load(Runtime.OPENVINO, file), load(Runtime.ONNX_RUNTIME, file)
     assert sorted(map(str, ours.inputs + ours.outputs)) == sorted(
         map(str, theirs.inputs + theirs.outputs)
@@ -76,8 +76,8 @@ def busy_s_of_others() -> float:
     return sum(int((task / "schedstat").read_text().split()[0]) for task in others) / 1e9
 
 
-def test_one_thread_is_the_callers_own(artefact):
-    backend = load(Runtime.OPENVINO, artefact("net_res_deep"), threads=1)
+def test_one_thread_is_the_callers_own(artifact):
+    backend = load(Runtime.OPENVINO, artifact("net_res_deep"), threads=1)
     images = np.zeros((32, 32, 32, 3), np.uint8)
     backend.run(images)
     others_s, started_s = busy_s_of_others(), time.thread_time()
@@ -87,8 +87,8 @@ def test_one_thread_is_the_callers_own(artefact):
 
 
 @pytest.mark.skipif(usable_cpus() < 2, reason="needs two processors")
-def test_two_threads_share_a_batch(artefact):
-    backend = load(Runtime.OPENVINO, artefact("net_res_deep"), threads=2)
+def test_two_threads_share_a_batch(artifact):
+    backend = load(Runtime.OPENVINO, artifact("net_res_deep"), threads=2)
     images = np.zeros((32, 32, 32, 3), np.uint8)
     others_s = busy_s_of_others()
     for _ in range(2000):

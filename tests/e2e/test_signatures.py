@@ -8,7 +8,7 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
 )
 
-from server.signing import read_public_key, verify_signature
+from convoy.server.models.signing import read_public_key, verify_signature
 from tests.processes import run_module
 
 
@@ -20,7 +20,7 @@ def test_the_server_accepts_the_exporters_signature(checkpoint, tmp_path):
         key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     )
     flags = ["--repository", tmp_path, "--name", "digits", "--format", "torchscript"]
-    done = run_module("export", checkpoint, *flags, "--sign-key", private)
+    done = run_module("convoy.export", checkpoint, *flags, "--sign-key", private)
     assert done.returncode == 0, done.stderr
     version = tmp_path / "digits" / "1"
     verify_signature(version, (version / "manifest.json").read_bytes(), read_public_key(public))

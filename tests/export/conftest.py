@@ -5,19 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from export.formats import ArtefactFormat, Variant
-from export.pipeline import ExportOptions, Published, export
-from export.publishing import ModelFolder
-from export.samples import Samples, load_samples
-from export.source import ModelSource, from_checkpoint
-from training import checkpoints, nets
-from training.checkpoints import Architecture, Checkpoint, DataDescription
-from training.data import ImageSet, Preprocessing
+from convoy.export.formats import ArtifactFormat, Variant
+from convoy.export.pipeline import ExportOptions, Published, export
+from convoy.export.repository import ModelFolder
+from convoy.export.samples import Samples, load_samples
+from convoy.export.source import ModelSource, from_checkpoint
+from convoy.training import checkpoints, nets
+from convoy.training.checkpoints import Architecture, Checkpoint, DataDescription
+from convoy.training.data import ImageSet, Preprocessing
 
 MEAN = (0.48, 0.47, 0.44)
 STD = (0.21, 0.22, 0.23)
 TEMPERATURE = 1.7
-PORTABLE_FORMATS = [form for form in ArtefactFormat if form is not ArtefactFormat.AOT_INDUCTOR]
+PORTABLE_FORMATS = [form for form in ArtifactFormat if form is not ArtifactFormat.AOT_INDUCTOR]
 
 
 def perturb_batch_norms(net: torch.nn.Module) -> None:

@@ -7,19 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from export.errors import UnsupportedNetError
-from export.formats import ArtefactFormat, Variant
-from export.pipeline import ExportOptions, Published, export
-from export.publishing import ModelFolder
-from export.samples import Samples
-from export.source import ModelSource
-from server.backends import load_backend
-from server.backends.devices import Device
-from server.backends.runtimes import Runtime
-from server.errors import DeviceError, RepositoryError
-from server.repository import VerifiedFile
+from convoy.export.errors import UnsupportedNetError
+from convoy.export.formats import ArtifactFormat, Variant
+from convoy.export.pipeline import ExportOptions, Published, export
+from convoy.export.repository import ModelFolder
+from convoy.export.samples import Samples
+from convoy.export.source import ModelSource
+from convoy.server.backends.base import load_backend
+from convoy.server.backends.device import Device, Runtime
+from convoy.server.errors import DeviceError, RepositoryError
+from convoy.server.models.repository import VerifiedFile
 
-VARIANT = Variant(ArtefactFormat.AOT_INDUCTOR)
+VARIANT = Variant(ArtifactFormat.AOT_INDUCTOR)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def test_the_server_runs_it_at_any_batch_size(compiled: Published) -> None:
             np.testing.assert_allclose(found, samples["logits"][:count], atol=1e-4)
 
 
-def test_code_for_another_processor_is_refused_before_it_runs(
+def test_code_for_another_processor_is_rejected_before_it_runs(
     compiled: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ABACUS")
@@ -59,7 +58,7 @@ def test_code_for_another_processor_is_refused_before_it_runs(
         load_backend(Runtime.AOT_INDUCTOR, package(compiled), Device("cpu"), threads=1)
 
 
-def test_what_is_no_package_is_refused() -> None:
+def test_what_is_no_package_is_rejected() -> None:
     file = VerifiedFile("model.aoti.pt2", b"not an archive")
     with pytest.raises(RepositoryError, match=r"model\.aoti\.pt2: torch cannot load it"):
         load_backend(Runtime.AOT_INDUCTOR, file, Device("cpu"), threads=1)
@@ -81,4 +80,4 @@ def test_without_a_compiler_nothing_is_published(
         export(
             source, samples, ModelFolder(tmp_path / "models", "digits"), ExportOptions([VARIANT])
         )
-    assert not list((tmp_path / "models").iterdir())
+    assert not list((tmp_path / "models").rglob("*"))

@@ -1,5 +1,6 @@
 """The command: one published version, or one line on stderr and nothing in the repository."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from export.__main__ import main
-from training import checkpoints, nets
+import convoy.export
+from convoy.export.__main__ import main
+from convoy.training import checkpoints, nets
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -33,6 +35,14 @@ def test_a_checkpoint_as_the_first_word_is_published(
     assert "model.torchscript" in shown
     assert "largest" in shown
     assert "published" in shown
+
+
+def test_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"convoy-export {convoy.export.__version__}\n"
+    assert importlib.metadata.version("convoy-serving") == convoy.export.__version__
 
 
 def test_the_threshold_to_abstain_below_goes_into_the_manifest(
@@ -87,7 +97,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert [entry.name for entry in tmp_path.iterdir()] == ["rubbish.pt"]
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(
+def test_a_pickle_with_code_is_rejected_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
@@ -102,7 +112,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_data_with_other_classes_is_refused(
+def test_data_with_other_classes_is_rejected(
     tiny_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,7 +151,7 @@ def test_a_repository_that_is_a_file_is_one_line_and_status_1(
 
 def test_the_module_runs_as_a_process_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "export", "nowhere.pt", "--name", "x"],
+        [sys.executable, "-m", "convoy.export", "nowhere.pt", "--name", "x"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -168,6 +178,6 @@ def test_shared_blocks_are_exported_with_a_warning(
     checkpoints.save(tmp_path / "shared.pt", checkpoint)
     flags = ["--repository", tmp_path / "models", "--name", "digits", "--format", "torchscript"]
     assert run(monkeypatch, tmp_path / "shared.pt", *flags) == 0
-    assert "warning: one batch norm serves all depths" in capsys.readouterr().err
+    assert "warning: all blocks share one batch norm" in capsys.readouterr().err
     assert run(monkeypatch, tiny_checkpoint, *flags) == 0
-    assert "warning" not in capsys.readouterr().err
+    assert "one batch norm" not in capsys.readouterr().err

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from export.cost import measure_latencies
-from export.servable import Images, Outputs
+from convoy.export.cost import measure_latencies
+from convoy.export.servable import Images, Outputs
 
 IMAGE = np.zeros((2, 2, 3), np.uint8)
 
 
-class SlowArtefact:
+class SlowArtifact:
     """Takes a fixed time for each image, on a clock of its own."""
 
     def __init__(self, image_s: float) -> None:
@@ -26,15 +26,15 @@ class SlowArtefact:
 
 
 def test_every_bucket_is_timed() -> None:
-    artefact = SlowArtefact(0.001)
-    measured = measure_latencies(artefact.run, IMAGE, artefact.clock)
+    artifact = SlowArtifact(0.001)
+    measured = measure_latencies(artifact.run, IMAGE, artifact.clock)
     assert [latency.batch_size for latency in measured] == [1, 2, 4, 8, 16, 32, 64]
     assert [latency.median_s for latency in measured] == pytest.approx(
         [0.001 * latency.batch_size for latency in measured]
     )
 
 
-def test_slow_artefacts_are_not_waited_for() -> None:
-    artefact = SlowArtefact(0.04)
-    measured = measure_latencies(artefact.run, IMAGE, artefact.clock)
+def test_slow_artifacts_are_not_waited_for() -> None:
+    artifact = SlowArtifact(0.04)
+    measured = measure_latencies(artifact.run, IMAGE, artifact.clock)
     assert [latency.batch_size for latency in measured] == [1, 2, 4]

@@ -18,17 +18,17 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
+from convoy.export.errors import ParityError, UnsupportedNetError
+from convoy.export.formats import ArtifactFormat, Variant
+from convoy.export.pipeline import LOADERS, ExportOptions, Published, export
+from convoy.export.repository import ModelFolder
+from convoy.export.samples import Samples
+from convoy.export.servable import Servable
+from convoy.export.source import ModelSource
+from convoy.training.data import ImageSet
+from convoy.training.data.images import preprocess
 from convoy.v1 import model_manifest_pb2 as pb
-from export.errors import ParityError, UnsupportedNetError
-from export.formats import ArtefactFormat, Variant
-from export.pipeline import LOADERS, ExportOptions, Published, export
-from export.publishing import ModelFolder
-from export.samples import Samples
-from export.servable import Servable
-from export.source import ModelSource
 from tests.export.conftest import MEAN, PORTABLE_FORMATS, STD, TEMPERATURE
-from training.data import ImageSet
-from training.data.images import preprocess
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_a_version_holds_exactly_the_files_asked_for(published: Published) -> No
 def test_every_file_has_the_size_and_digest_that_the_manifest_states(
     published: Published, manifest: pb.ModelManifest
 ) -> None:
-    records = [artefact.file for artefact in manifest.artefacts]
+    records = [artifact.file for artifact in manifest.artefacts]
     records += [manifest.samples.file, manifest.report]
     assert len(records) == 5
     for record in records:
@@ -91,21 +91,21 @@ def test_manifest_records_cost_and_accuracy(manifest: pb.ModelManifest) -> None:
     blocks = 2 * 16 * 16 * 8 * 8 * 9
     head = 8 * 8 * 8 * 32 + 32 * 10
     assert manifest.provenance.multiply_adds == first + blocks + head
-    for artefact in manifest.artefacts:
-        assert artefact.precision == pb.PRECISION_FP32
-        sizes = [latency.batch_size for latency in artefact.latencies]
+    for artifact in manifest.artefacts:
+        assert artifact.precision == pb.PRECISION_FP32
+        sizes = [latency.batch_size for latency in artifact.latencies]
         assert sizes == [1, 2, 4, 8, 16, 32, 64][: len(sizes)] != []
-        assert all(0 < latency.median_s < 5 for latency in artefact.latencies)
-        assert artefact.parity.accuracy == artefact.parity.reference_accuracy > 0
+        assert all(0 < latency.median_s < 5 for latency in artifact.latencies)
+        assert artifact.parity.accuracy == artifact.parity.reference_accuracy > 0
 
 
 @pytest.mark.parametrize("form", PORTABLE_FORMATS)
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 65])
-def test_an_artefact_agrees_with_torchvision_normalisation(
+def test_an_artifact_agrees_with_torchvision_normalization(
     published: Published,
     source: ModelSource,
     real: ImageSet,
-    form: ArtefactFormat,
+    form: ArtifactFormat,
     batch_size: int,
 ) -> None:
     images = real.images[:batch_size]
@@ -147,8 +147,8 @@ def test_onnx_metadata_describes_the_model(published: Published) -> None:
     assert f"torch {importlib.metadata.version('torch')}" in metadata["producer"]
 
 
-def test_onnx_refuses_another_size_and_type(published: Published) -> None:
-    run = LOADERS[ArtefactFormat.ONNX](published.path / "model.onnx")
+def test_onnx_rejects_another_size_and_type(published: Published) -> None:
+    run = LOADERS[ArtifactFormat.ONNX](published.path / "model.onnx")
     with pytest.raises(Exception, match="dimensions"):
         run(np.zeros((1, 48, 48, 3), np.uint8))
     with pytest.raises(Exception, match="uint8"):
@@ -184,7 +184,7 @@ def test_golden_samples_need_no_pickle_and_are_what_their_pictures_decode_to(
 def test_the_next_export_is_version_2_and_leaves_version_1_alone(
     source: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:
-    options = ExportOptions(variants=[Variant(ArtefactFormat.TORCHSCRIPT)], script=True)
+    options = ExportOptions(variants=[Variant(ArtifactFormat.TORCHSCRIPT)], script=True)
     first = export(source, samples, ModelFolder(tmp_path, "digits"), options)
     before = (first.path / "manifest.json").read_bytes()
     second = export(source, samples, ModelFolder(tmp_path, "digits"), options)
@@ -205,7 +205,7 @@ def test_a_net_that_a_trace_cannot_hold_publishes_nothing(
             return pixels.mean((2, 3)).repeat(1, 4)[:, :10] * (-1.0 if dark else 1.0)
 
     moody = ModelSource(Moody().eval(), source.data, 1.0, source.checkpoint_sha256, "moody", {}, {})
-    options = ExportOptions(variants=[Variant(ArtefactFormat.TORCHSCRIPT)])
+    options = ExportOptions(variants=[Variant(ArtifactFormat.TORCHSCRIPT)])
     with pytest.raises(ParityError, match=r"model.torchscript, batch size \d+, .* sample"):
         export(moody, samples, ModelFolder(tmp_path, "digits"), options)
     assert not list(tmp_path.iterdir())
@@ -227,13 +227,13 @@ def test_a_net_that_onnx_cannot_express_publishes_nothing(
     broken = ModelSource(
         OneSize().eval(), source.data, 1.0, source.checkpoint_sha256, "one_size", {}, {}
     )
-    options = ExportOptions(variants=[Variant(ArtefactFormat.ONNX)])
+    options = ExportOptions(variants=[Variant(ArtifactFormat.ONNX)])
     with pytest.raises((UnsupportedNetError, ParityError)):
         export(broken, samples, ModelFolder(tmp_path, "digits"), options)
     assert not list(tmp_path.iterdir())
 
 
-def test_servable_normalises_a_white_image_by_hand() -> None:
+def test_servable_normalizes_a_white_image_by_hand() -> None:
     servable = Servable(nn.Flatten(), MEAN, STD, 1.0)
     logits, probabilities = servable(torch.full((1, 1, 2, 3), 255, dtype=torch.uint8))
     expected = (1 - torch.tensor(MEAN)) / torch.tensor(STD)

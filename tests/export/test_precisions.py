@@ -8,23 +8,29 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry
 
+from convoy.export import tf32
+from convoy.export.errors import ParityError
+from convoy.export.formats import (
+    ArtifactFormat,
+    Precision,
+    Variant,
+    choose_variants,
+    variant_of,
+)
+from convoy.export.pipeline import ExportOptions, Published, export, load_artifact
+from convoy.export.repository import ModelFolder
+from convoy.export.samples import Samples, load_samples
+from convoy.export.source import ModelSource
+from convoy.export.versions import golden_expectation, read_version, verify
+from convoy.server.backends.device import Device, Runtime
+from convoy.server.batching import BatchingLimits
+from convoy.server.metrics.requests import ServerMetrics
+from convoy.server.models.loader import LoadOptions, ModelLoader
+from convoy.training import nets
+from convoy.training.data import Preprocessing, load_data
 from convoy.v1 import model_manifest_pb2 as pb
-from export.errors import ParityError
-from export.formats import ArtefactFormat, Precision, Variant, choose_variants
-from export.pipeline import ExportOptions, Published, export
-from export.publishing import ModelFolder
-from export.samples import Samples, load_samples
-from export.source import ModelSource
-from export.versions import golden_expectation, read_version, verify
-from server.backends.devices import Device
-from server.backends.runtimes import Runtime
-from server.batcher import BatchingLimits
-from server.loading import LoadOptions, ModelLoader
-from server.metrics import ServerMetrics
 from tests.export.conftest import MEAN, PORTABLE_FORMATS, STD
 from tests.needs import needs_openvino
-from training import nets
-from training.data import Preprocessing, load_data
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +83,19 @@ def test_each_precision_is_written_in_the_formats_that_have_it(variants: Publish
         "model.bf16.pt2",
         "model.int8.onnx",
     }
-    precisions = [artefact.precision for artefact in variants.manifest.artefacts]
+    precisions = [artifact.precision for artifact in variants.manifest.artefacts]
     assert precisions[:3] == [pb.PRECISION_FP32] * 3, "readers take the first of a format"
 
 
 def test_lower_precisions_keep_the_accuracy_within_their_gates(variants: Published) -> None:
-    reference = variants.parities[Variant(ArtefactFormat.ONNX)].reference_accuracy
+    reference = variants.parities[Variant(ArtifactFormat.ONNX)].reference_accuracy
     assert reference > 0.85, "a net that has learnt nothing proves nothing"
     for variant, parity in variants.parities.items():
         assert parity.argmax_agreement >= 0.98
         assert parity.accuracy >= reference - 0.005
+        if variant.precision is Precision.TF32:
+            assert 1e-6 < parity.max_logit_difference < parity.tolerance
+            continue
         exact = variant.precision is Precision.FP32
         assert (parity.max_logit_difference < 1e-4) is exact
 
@@ -113,16 +122,31 @@ def test_int8_is_smaller_per_channel_and_keeps_its_head_in_float(variants: Publi
     assert sizes[1] < 0.75 * sizes[0]
 
 
+def test_int8_products_fit_processors_without_vnni(variants: Published) -> None:
+    """These add two products in 16 bits, and clip what does not fit."""
+    graph = onnx.load(variants.path / "model.int8.onnx").graph
+    weights = [
+        onnx.numpy_helper.to_array(tensor)
+        for tensor in graph.initializer
+        if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+    ]
+    assert weights
+    assert all(2 * 255 * int(np.abs(each.astype(int)).max()) < 2**15 for each in weights)
+
+
 def test_verify_holds_each_precision_to_its_own_gate(variants: Published) -> None:
     version = read_version(variants.path)
     parities = verify(version, golden_expectation(version))
-    assert len(parities) == 9
+    assert len(parities) == 12
+    rounded = [parities[Variant(form, Precision.TF32)] for form in PORTABLE_FORMATS]
+    assert min(parity.max_logit_difference for parity in rounded) > 1e-6
 
 
 @pytest.mark.parametrize(
     ("runtime", "precision"),
     [
         (Runtime.ONNX_RUNTIME, "fp32"),
+        (Runtime.ONNX_RUNTIME, "tf32"),
         (Runtime.ONNX_RUNTIME, "fp16"),
         (Runtime.TORCHSCRIPT, "bf16"),
         (Runtime.ONNX_RUNTIME, "int8"),
@@ -137,6 +161,63 @@ def test_the_server_runs_the_variant_that_it_is_asked_for(
     options = LoadOptions(runtime, (Device("cpu"),), 1, limits, precision=precision)
     model = ModelLoader(options, ServerMetrics(CollectorRegistry())).load(variants.path)
     assert model.runs_on.precision == precision
+
+
+def test_tf32_is_the_float32_file_with_a_tolerance_of_its_own(variants: Published) -> None:
+    by_variant = {variant_of(artifact): artifact for artifact in variants.manifest.artefacts}
+    for form in PORTABLE_FORMATS:
+        exact, rounded = (by_variant[Variant(form, p)] for p in (Precision.FP32, Precision.TF32))
+        assert exact.file == rounded.file
+        assert rounded.parity.tolerance > 10 * exact.parity.tolerance
+    verdicts = [artifact.HasField("openvino") for artifact in by_variant.values()]
+    assert sum(verdicts) <= 3, "float32, fp16 and int8 are proved in OpenVINO"
+
+
+def test_the_simulation_rounds_to_ten_bits_of_mantissa() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    rounded = tf32._rounded(values)
+    assert not (rounded.view(torch.int32) & 0x1FFF).any()
+    spacing = 2.0 ** (values.abs().log2().floor() - 10)
+    assert ((rounded - values).abs() <= spacing / 2).all()
+
+
+def test_onnx_and_torch_simulate_the_same_rounding(variants: Published, samples: Samples) -> None:
+    images = samples.real.images[:32]
+    exact = load_artifact(Variant(ArtifactFormat.ONNX), variants.path / "model.onnx")(images)
+    found = [
+        load_artifact(variant, variants.path / variant.file_name)(images)
+        for variant in (Variant(form, Precision.TF32) for form in PORTABLE_FORMATS)
+    ]
+    changes = [np.abs(outputs.logits - exact.logits).max() for outputs in found]
+    apart = max(np.abs(outputs.logits - found[0].logits).max() for outputs in found)
+    assert apart < 0.5 * min(changes)
+
+
+def test_a_net_that_tf32_ruins_publishes_nothing(
+    trained: ModelSource, samples: Samples, tmp_path: Path
+) -> None:
+    class Cancelling(torch.nn.Module):
+        """Subtracts two large products, whose difference is below the rounding of both."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = trained.net
+            self.large = torch.nn.Linear(10, 20, bias=False)
+            self.difference = torch.nn.Linear(20, 10, bias=False)
+            one = torch.eye(10)
+            with torch.no_grad():
+                self.large.weight.copy_(torch.cat([64 * one, 65 * one]))
+                self.difference.weight.copy_(torch.cat([-one, one], dim=1))
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.difference(self.large(self.net(pixels)))
+            return logits
+
+    ruined = ModelSource(Cancelling().eval(), trained.data, 1.0, "0" * 64, "cancelling", {}, {})
+    options = ExportOptions(choose_variants([ArtifactFormat.ONNX], [Precision.TF32]))
+    with pytest.raises(ParityError, match=r"model\.onnx in TF32, batch size 1"):
+        export(ruined, samples, ModelFolder(tmp_path, "digits"), options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_calibration_shares_no_image_with_the_proof(samples: Samples) -> None:
@@ -178,7 +259,7 @@ def test_a_net_that_int8_ruins_publishes_nothing(
                 layer.weight[channel, channel] = 1.0
         lopsided.first.weight[3, 0] = 1e4
     ruined = ModelSource(lopsided.eval(), trained.data, 1.0, "0" * 64, "lopsided", {}, {})
-    options = ExportOptions(choose_variants([ArtefactFormat.ONNX], [Precision.INT8]))
+    options = ExportOptions(choose_variants([ArtifactFormat.ONNX], [Precision.INT8]))
     with pytest.raises(ParityError, match=r"model.int8.onnx"):
         export(ruined, samples, ModelFolder(tmp_path, "digits"), options)
     assert not list(tmp_path.iterdir())

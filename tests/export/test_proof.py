@@ -1,4 +1,4 @@
-"""The gate: what it lets through and what it stops, with artefacts that err in known ways."""
+"""The gate: what it lets through and what it stops, with artifacts that err in known ways."""
 
 import math
 from dataclasses import replace
@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from export.errors import ParityError
-from export.formats import Precision
-from export.proof import GATES, Expectation, Gate, expect, prove
-from export.samples import MIN_REAL_SAMPLES, Samples
-from export.servable import Images, Outputs, Run
-from export.source import ModelSource
-from training.data import load_data
+from convoy.export.errors import ParityError
+from convoy.export.formats import Precision
+from convoy.export.proof import GATES, Gate, prove
+from convoy.export.reference import Expectation, expect
+from convoy.export.samples import MIN_REAL_SAMPLES, Samples
+from convoy.export.servable import Images, Outputs, Run
+from convoy.export.source import ModelSource
+from convoy.training.data import load_data
 
 FP32_GATE = GATES[Precision.FP32]
 
@@ -23,7 +24,7 @@ def expected(source: ModelSource, samples: Samples) -> Expectation:
 
 
 def answering(expected: Expectation) -> Run:
-    """An artefact that knows every sample's answer by heart."""
+    """An artifact that knows every sample's answer by heart."""
     answers = {image.tobytes(): row for row, image in reversed(list(enumerate(expected.images)))}
 
     def run(images: Images) -> Outputs:
@@ -35,15 +36,15 @@ def answering(expected: Expectation) -> Run:
 
 def test_proof_sees_enough_real_samples_and_the_extremes(expected: Expectation) -> None:
     assert expected.real_count >= MIN_REAL_SAMPLES == 256
-    hostile = expected.images[expected.real_count :].reshape(-1, 32 * 32 * 3)
-    assert {(int(image.min()), int(image.max())) for image in hostile} >= {
+    edge_cases = expected.images[expected.real_count :].reshape(-1, 32 * 32 * 3)
+    assert {(int(image.min()), int(image.max())) for image in edge_cases} >= {
         (0, 0),
         (255, 255),
         (0, 255),
     }
 
 
-def test_a_perfect_artefact_passes_with_no_difference(expected: Expectation) -> None:
+def test_a_perfect_artifact_passes_with_no_difference(expected: Expectation) -> None:
     parity = prove("model.x", answering(expected), expected, FP32_GATE)
     assert parity.max_logit_difference == 0
     assert parity.argmax_agreement == 1
@@ -78,7 +79,7 @@ def test_one_wrong_sample_is_named_with_its_batch_size(expected: Expectation) ->
         prove("model.x", run, expected, FP32_GATE)
 
 
-def test_an_artefact_that_mixes_up_rows_is_caught(expected: Expectation) -> None:
+def test_an_artifact_that_mixes_up_rows_is_caught(expected: Expectation) -> None:
     honest = answering(expected)
 
     def run(images: Images) -> Outputs:
@@ -89,16 +90,16 @@ def test_an_artefact_that_mixes_up_rows_is_caught(expected: Expectation) -> None
 
 
 @pytest.mark.parametrize("name", ["all 0", "all 255"])
-def test_a_nan_on_a_hostile_sample_is_caught(expected: Expectation, name: str) -> None:
+def test_a_nan_on_an_edge_case_sample_is_caught(expected: Expectation, name: str) -> None:
     honest = answering(expected)
-    victim = expected.images[expected.names.index(f"hostile sample {name!r}")]
+    victim = expected.images[expected.names.index(f"edge-case sample {name!r}")]
 
     def run(images: Images) -> Outputs:
         outputs = honest(images)
         outputs.logits[[np.array_equal(image, victim) for image in images]] = np.nan
         return outputs
 
-    with pytest.raises(ParityError, match=f"hostile sample '{name}'"):
+    with pytest.raises(ParityError, match=f"edge-case sample '{name}'"):
         prove("model.x", run, expected, FP32_GATE)
 
 
@@ -111,7 +112,7 @@ def test_wrong_probabilities_are_caught_though_the_logits_are_right(expected: Ex
         prove("model.x", run, expected, FP32_GATE)
 
 
-def test_outputs_of_another_shape_are_refused(expected: Expectation) -> None:
+def test_outputs_of_another_shape_are_rejected(expected: Expectation) -> None:
     def run(images: Images) -> Outputs:
         outputs = answering(expected)(images)
         return Outputs(outputs.logits[:1], outputs.probabilities[:1])
@@ -138,7 +139,7 @@ def always_right(expected: Expectation) -> Expectation:
 
 
 def wrong_about(expected: Expectation, rows: set[int]) -> Run:
-    """An artefact that gives some samples another class, by a hair."""
+    """An artifact that gives some samples another class, by a hair."""
     victims = {expected.images[row].tobytes() for row in rows}
     honest = answering(expected)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from export.errors import InputError, PublishError
-from export.publishing import ModelFolder
+from convoy.export.errors import InputError, PublishError
+from convoy.export.repository import ModelFolder
 
 PUBLISH_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from export.publishing import ModelFolder
+from convoy.export.repository import ModelFolder
 
 repository, fatal_step = Path(sys.argv[1]), int(sys.argv[2])
 EVENTS = {"open", "os.mkdir", "os.chmod", "os.rename", "fcntl.flock", "os.rmdir", "os.remove"}
@@ -96,7 +96,7 @@ def test_processes_that_start_together_get_different_versions(tmp_path: Path) ->
     assert sorted(path.name for path in loadable(tmp_path)) == ["1", "2", "3", "4"]
 
 
-def test_a_living_exporters_folder_is_not_swept(tmp_path: Path) -> None:
+def test_the_folder_of_a_running_export_is_not_removed(tmp_path: Path) -> None:
     target = ModelFolder(tmp_path, "digits")
     with target.stage() as slow:
         (slow / "model.onnx").write_bytes(b"being written")
@@ -139,6 +139,6 @@ def test_numbers_count_on_and_other_folders_do_not_matter(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "-x", ".hidden", "a" * 65, "x\n"])
-def test_names_that_are_no_plain_folder_are_refused(name: str, tmp_path: Path) -> None:
+def test_names_that_are_no_plain_folder_are_rejected(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name: expected"):
         ModelFolder(tmp_path, name)

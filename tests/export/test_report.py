@@ -1,4 +1,4 @@
-"""The page beside the artefacts shows what the manifest says."""
+"""The page beside the artifacts shows what the manifest says."""
 
 import struct
 from dataclasses import replace
@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export import report
-from export.cost import BatchLatency
-from export.formats import ArtefactFormat, Precision, Variant
-from export.manifest import ProvedArtefact
-from export.pipeline import Published
-from export.proof import Expectation, Parity, expect
-from export.samples import Samples
-from export.source import ModelSource
+from convoy.export import report
+from convoy.export.cost import BatchLatency
+from convoy.export.formats import ArtifactFormat, Precision, Variant
+from convoy.export.manifest import ProvedArtifact
+from convoy.export.pipeline import Published
+from convoy.export.proof import Parity
+from convoy.export.reference import Expectation, expect
+from convoy.export.samples import Samples
+from convoy.export.source import ModelSource
 
 PARITY = Parity(
     samples=277,
@@ -49,8 +50,8 @@ def test_it_shows_parity_accuracy_by_class_and_latency(
     path = tmp_path / "model.fp16.onnx"
     path.write_bytes(b"123456")
     latencies = [BatchLatency(1, 0.001), BatchLatency(8, 0.004)]
-    artefact = ProvedArtefact(Variant(ArtefactFormat.ONNX, Precision.FP16), path, PARITY, latencies)
-    figure = report.write(tmp_path / "report.png", "digits", source, expected, [artefact])
+    artifact = ProvedArtifact(Variant(ArtifactFormat.ONNX, Precision.FP16), path, PARITY, latencies)
+    figure = report.write(tmp_path / "report.png", "digits", source, expected, [artifact])
     parity, accuracy, latency = figure.axes
     assert [line.get_xdata()[0] for line in parity.lines] == [0.01, 0.02, 0.05]
     assert "model.fp16.onnx" in parity.get_yticklabels()[0].get_text()
@@ -61,7 +62,7 @@ def test_it_shows_parity_accuracy_by_class_and_latency(
     np.testing.assert_allclose(latency.lines[0].get_ydata(), [1.0, 4.0])
 
 
-def test_of_many_classes_it_shows_those_that_the_net_knows_worst(
+def test_of_many_classes_the_matrix_shows_the_worst(
     source: ModelSource, expected: Expectation, tmp_path: Path
 ) -> None:
     count = 40
@@ -75,8 +76,8 @@ def test_of_many_classes_it_shows_those_that_the_net_knows_worst(
     parity = replace(PARITY, class_accuracy=(0.5,) * count)
     path = tmp_path / "model.onnx"
     path.write_bytes(b"")
-    artefact = ProvedArtefact(Variant(ArtefactFormat.ONNX), path, parity, [BatchLatency(1, 0.1)])
-    accuracy = report.write(tmp_path / "report.png", "many", shown, many, [artefact]).axes[1]
+    artifact = ProvedArtifact(Variant(ArtifactFormat.ONNX), path, parity, [BatchLatency(1, 0.1)])
+    accuracy = report.write(tmp_path / "report.png", "many", shown, many, [artifact]).axes[1]
     names = [label.get_text() for label in accuracy.get_xticklabels()]
     assert len(names) == 20
     assert names[0] == "0"

@@ -11,19 +11,19 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from export.__main__ import main
-from export.comparison import compare
-from export.errors import InputError, ParityError
-from export.formats import ArtefactFormat, Variant
-from export.pipeline import ExportOptions, Published, export
-from export.policy import promote, read_policy, rollback
-from export.publishing import ModelFolder
-from export.samples import Samples
-from export.signing import check_signature
-from export.source import ModelSource
-from export.versions import golden_expectation, read_version, verify
+from convoy.export.__main__ import main
+from convoy.export.errors import InputError, ParityError
+from convoy.export.formats import ArtifactFormat, Variant
+from convoy.export.pipeline import ExportOptions, Published, export
+from convoy.export.repository import ModelFolder, promote, rollback
+from convoy.export.samples import Samples
+from convoy.export.signing import check_signature
+from convoy.export.source import ModelSource
+from convoy.export.versions import compare, golden_expectation, read_version, verify
+from convoy.server.models.canary import Verdict, VerdictRecords
+from convoy.training import nets
 from tests.export.conftest import PORTABLE_FORMATS, perturb_batch_norms
-from training import nets
+from tests.needs import needs_program
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def other(
         net, source.data, 1.0, "0" * 64, source.architecture, source.architecture_arguments, {}
     )
     target = ModelFolder(tmp_path_factory.mktemp("other"), "digits")
-    return export(changed, samples, target, ExportOptions([Variant(ArtefactFormat.TORCHSCRIPT)]))
+    return export(changed, samples, target, ExportOptions([Variant(ArtifactFormat.TORCHSCRIPT)]))
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -76,15 +76,15 @@ def test_one_changed_byte_is_noticed(version: Path, name: str) -> None:
         read_version(version)
 
 
-def test_an_artefact_of_another_net_fails_though_its_digest_is_right(
+def test_an_artifact_of_another_net_fails_though_its_digest_is_right(
     version: Path, other: Published
 ) -> None:
     shutil.copy(other.path / "model.torchscript", version / "model.torchscript")
     manifest = json.loads((version / "manifest.json").read_text())
     foreign = json.loads((other.path / "manifest.json").read_text())
-    for artefact in manifest["artefacts"]:
-        if artefact["format"] == "ARTEFACT_FORMAT_TORCHSCRIPT":
-            artefact["file"] = foreign["artefacts"][0]["file"]
+    for artifact in manifest["artefacts"]:
+        if artifact["format"] == "ARTEFACT_FORMAT_TORCHSCRIPT":
+            artifact["file"] = foreign["artefacts"][0]["file"]
     (version / "manifest.json").write_text(json.dumps(manifest))
     found = read_version(version)
     with pytest.raises(ParityError, match=r"model.torchscript, batch size 1, golden sample \d+"):
@@ -99,7 +99,7 @@ def test_an_artefact_of_another_net_fails_though_its_digest_is_right(
         ({"samples": {"file": {"name": "../samples.npz"}}}, "plain file"),
     ],
 )
-def test_a_manifest_of_another_kind_is_refused(
+def test_a_manifest_of_another_kind_is_rejected(
     version: Path, change: dict[str, object], complaint: str
 ) -> None:
     manifest = json.loads((version / "manifest.json").read_text()) | change
@@ -108,10 +108,15 @@ def test_a_manifest_of_another_kind_is_refused(
         read_version(version)
 
 
-def test_a_link_in_place_of_a_file_is_refused(version: Path, tmp_path: Path) -> None:
-    (version / "model.onnx").rename(tmp_path / "elsewhere.onnx")
-    (version / "model.onnx").symlink_to(tmp_path / "elsewhere.onnx")
-    with pytest.raises(InputError, match="plain file"):
+def test_a_link_in_place_of_a_file_must_not_leave_the_repository(version: Path) -> None:
+    model, outside = version / "model.onnx", version.parents[2] / "outside.onnx"
+    model.rename(version / "..data.onnx")
+    model.symlink_to("..data.onnx")
+    read_version(version)
+    (version / "..data.onnx").rename(outside)
+    model.unlink()
+    model.symlink_to(outside)
+    with pytest.raises(InputError, match=r"model\.onnx: expected a file of the repository"):
         read_version(version)
 
 
@@ -132,7 +137,32 @@ def test_the_commands_verify_and_show(
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_verify_refuses_another_checkpoint(
+def test_show_reads_what_a_server_recorded_about_the_canary(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def shown(*flags: object) -> str:
+        assert run(monkeypatch, "show", version, *flags) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "canary" not in shown()
+    VerdictRecords().record(version, Verdict.ERRORS)
+    assert "rolled back: errors" in shown()
+    assert "not signed" in shown()
+    key = Ed25519PrivateKey.generate()
+    VerdictRecords(tmp_path / "state", key).record(version, Verdict.GOOD)
+    state = shown("--state-dir", tmp_path / "state")
+    assert "passed" in state
+    assert "not signed" not in state
+    record = version.with_name(f"{version.name}.canary.json")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"manifest_sha256": "0" * 64}))
+    assert "servers ignore it" in shown()
+    record.write_text("{")
+    assert run(monkeypatch, "show", version) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_verify_rejects_another_checkpoint(
     other: Published,
     tiny_checkpoint: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,7 +191,7 @@ def test_diff_counts_and_names_the_changed_samples(
 ) -> None:
     real = samples.validation
     before, after = read_version(published.path), read_version(other.path)
-    shared = Variant(ArtefactFormat.TORCHSCRIPT)
+    shared = Variant(ArtifactFormat.TORCHSCRIPT)
     old, new = (found.load(shared)(real.images).logits.argmax(1) for found in (before, after))
     comparison = compare(before, after, real)
     assert comparison.variant == shared
@@ -212,12 +242,11 @@ def test_a_signed_version_verifies_until_its_manifest_changes(
     assert "manifest.sig" in capsys.readouterr().err
 
 
+@needs_program("openssl", "openssl")
 def test_openssl_accepts_the_signature(
     key_files: tuple[Path, Path], version: Path, tmp_path: Path
 ) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is not installed")
-    from export.signing import read_private_key, sign
+    from convoy.export.signing import read_private_key, sign
 
     sign(version, read_private_key(key_files[0]))
     command = ["openssl", "pkeyutl", "-verify", "-rawin", "-pubin", "-inkey", str(key_files[1])]
@@ -231,7 +260,7 @@ def test_an_unsigned_version_fails_where_a_signature_is_demanded(version: Path) 
         check_signature(version, Ed25519PrivateKey.generate().public_key())
 
 
-def test_a_key_of_another_kind_is_refused(
+def test_a_key_of_another_kind_is_rejected(
     tiny_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -257,7 +286,7 @@ def model(tmp_path: Path) -> ModelFolder:
 
 
 def test_promotions_are_taken_back_one_by_one(model: ModelFolder) -> None:
-    assert read_policy(model) is None
+    assert model.read_policy() is None
     for version in (1, 3, 2):
         promote(model, version)
     assert [rollback(model).version for _ in range(2)] == [3, 1]
@@ -271,7 +300,7 @@ def test_promotions_are_taken_back_one_by_one(model: ModelFolder) -> None:
 def test_only_an_existing_version_is_promoted(model: ModelFolder) -> None:
     with pytest.raises(InputError, match=r"expected one of its versions \(1, 2, 3\), got 4"):
         promote(model, 4)
-    assert read_policy(model) is None
+    assert model.read_policy() is None
 
 
 def test_the_commands_promote_and_roll_back(
@@ -281,7 +310,7 @@ def test_the_commands_promote_and_roll_back(
     assert run(monkeypatch, "promote", "digits", 2, *at) == 0
     assert run(monkeypatch, "promote", "digits", 3, *at) == 0
     assert run(monkeypatch, "rollback", "digits", *at) == 0
-    assert "version 2 is to be served again" in capsys.readouterr().out
+    assert "servers will serve version 2 again" in capsys.readouterr().out
     assert run(monkeypatch, "promote", "digits", 9, *at) == 2
     assert run(monkeypatch, "rollback", "letters", *at) == 2
     assert "letters" in capsys.readouterr().err

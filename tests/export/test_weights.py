@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torchvision import models
 
-from export.__main__ import main
+from convoy.export.__main__ import main
 from tests.export.conftest import perturb_batch_norms
 
 
@@ -40,7 +40,7 @@ def run(monkeypatch: pytest.MonkeyPatch, file: Path, labels: Path, *more: object
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_foreign_state_dict_is_published_with_what_the_flags_say(
+def test_a_foreign_state_dict_is_published_as_the_flags_describe(
     suffix: str,
     resnet: torch.nn.Module,
     labels: Path,

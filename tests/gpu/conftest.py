@@ -1,6 +1,6 @@
 """Tests of what is written for CUDA; `tests/gpu/run.sh` runs them.
 
-CONVOY_TEST_DEVICE=cpu runs on the CPU what of them means something there, so that the tests
+TEST_DEVICE=cpu runs on the CPU what of them means something there, so that the tests
 themselves are known to work before a machine with a GPU is at hand.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from server.backends.devices import count_cuda_devices
+from convoy.server.backends.device import count_cuda_devices
 
-DEVICE = os.environ.get("CONVOY_TEST_DEVICE", "cuda")
+DEVICE = os.environ.get("TEST_DEVICE", "cuda")
 Golden = dict[str, np.ndarray]
 
 

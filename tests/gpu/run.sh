@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one run: tests/gpu/run.sh [OUT]
 # Tests first, then figures, written below OUT (default: gpu-results). On a machine without a GPU,
-# CONVOY_TEST_DEVICE=cpu runs the same steps at a small size, so that the script is known to work.
+# TEST_DEVICE=cpu runs the same steps at a small size, so that the script is known to work.
 #   CIFAR=FOLDER      CIFAR-10 as train/CLASS/*.jpg and test/CLASS/*.jpg, to train on; else digits
 #   AIRBENCH=FILE.py  a copy of airbench94_muon.py, to train beside ours
 #   STEPS="a b"       only these steps
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=$(realpath -m "${1:-gpu-results}")
-device=${CONVOY_TEST_DEVICE:-cuda}
+device=${TEST_DEVICE:-cuda}
 python=${PYTHON:-.venv/bin/python}
-export CONVOY_TEST_DEVICE=$device PYTHONPATH=$PWD:$PWD/proto/gen${PYTHONPATH:+:$PYTHONPATH}
+export TEST_DEVICE=$device PYTHONPATH=$PWD:$PWD/proto/gen:$PWD/server:$PWD/training:$PWD/export:$PWD/clients${PYTHONPATH:+:$PYTHONPATH}
 mkdir -p "$out"
 failed=()
 
@@ -21,7 +21,7 @@ else
   sizes=1,2,4,8,16,32,64,128,256 seconds=5 closed=1,8,32,64,128,256,512 images=20000 fronts="1 2 4 8"
 fi
 
-step() { # step NAME COMMAND...: runs it, keeps its output, goes on after a failure
+step() { # step NAME COMMAND...: runs it, keeps its output, continues after a failure
   local name=$1
   shift
   [[ " ${STEPS:-$name} " == *" $name "* ]] || return 0
@@ -48,9 +48,12 @@ print("onnxruntime", onnxruntime.__version__, onnxruntime.get_available_provider
 step tests "$python" -m pytest -q -rs tests/gpu/test_serving.py tests/gpu/test_overlap.py
 
 # 2. Serving small images: what the device, the copies and the host take; then closed and open loops.
-step train "$python" -m training --data digits --device "$device" --epochs "$epochs" --out "$out/run"
-step export "$python" -m export "$out/run/best.pt" --repository "$out/models" --name digits
+step train "$python" -m convoy.training --data digits --device "$device" --epochs "$epochs" --out "$out/run"
+step export "$python" -m convoy.export "$out/run/best.pt" --repository "$out/models" --name digits \
+  --precision tf32
 step device-time "$python" -m benchmarks.device_time "$out/models/digits/1" --device "$device" --batches "$sizes"
+step device-time-tf32 "$python" -m benchmarks.device_time "$out/models/digits/1" --device "$device" \
+  --precision tf32 --batches "$sizes"
 step device-time-graphs "$python" -m benchmarks.device_time "$out/models/digits/1" --device "$device" \
   --batches "$sizes" --cuda-graphs
 step closed bench "$out/models" "" --payload raw --concurrency "$closed" --plot "$out/closed.png"
@@ -58,6 +61,11 @@ step closed-one-instance bench "$out/models" "--instances 1" --payload raw --con
   --plot "$out/closed-one-instance.png"
 step closed-graphs bench "$out/models" --cuda-graphs --payload raw --concurrency "$closed" \
   --plot "$out/closed-graphs.png"
+if [[ $device == cuda ]] && "$python" -c "import tensorrt" 2>/dev/null; then
+  # The first load builds the engine.
+  step closed-tensorrt bench "$out/models" "--provider tensorrt --state-dir $out/state" --payload raw \
+    --concurrency "$closed" --plot "$out/closed-tensorrt.png"
+fi
 for n in $fronts; do # several connections: the kernel spreads these, not calls
   step "closed-front-ends-$n" bench "$out/models" "--front-ends $n" --protocol oip --model digits --payload raw \
     --connections 8 --concurrency "$closed" --plot "$out/closed-front-ends-$n.png"
@@ -69,7 +77,7 @@ step compare "$python" -m benchmarks.server "$out/models" digits --flags "--devi
 # 2. Serving 224 x 224, eight images a request, in half precision.
 step photographs "$python" -m benchmarks.photographs "$out/large" --images "$photos" --architecture "$net"
 # shellcheck disable=SC2086
-step export-large "$python" -m export weights "$out/large/$net.pt" --architecture "$net" --name large \
+step export-large "$python" -m convoy.export weights "$out/large/$net.pt" --architecture "$net" --name large \
   --labels "$out/large/labels.txt" --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225 \
   --resize-shorter-px 256 --data "imagefolder:$out/large/photos" --repository "$out/large/models" $precisions
 step device-time-large "$python" -m benchmarks.device_time "$out/large/models/large/1" --device "$device" \

@@ -7,12 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from server.backends import Backend, load_backend
-from server.backends.buffers import batch_buffer
-from server.backends.devices import Device
-from server.backends.runtimes import Runtime
-from server.manifest import read_manifest
-from server.repository import ModelVersion
+from convoy.server.backends.base import Backend, load_backend
+from convoy.server.backends.device import Device, Runtime, batch_buffer
+from convoy.server.models.repository import ModelVersion, read_manifest
 
 SHAPE = (256, 32, 32, 3)
 GPU = Device("cuda")
@@ -20,7 +17,7 @@ GPU = Device("cuda")
 
 def load(folder: Path, runtime: Runtime) -> Backend:
     manifest = read_manifest(folder)
-    file = ModelVersion(folder, manifest).read(manifest.artefact(runtime.format, "fp32").file)
+    file = ModelVersion(folder, manifest).read(manifest.artifact(runtime.format, "fp32").file)
     return load_backend(runtime, file, GPU, threads=1)
 
 

@@ -13,6 +13,7 @@ STEPS = {
     "train": "txt",
     "export": "txt",
     "device-time": "txt",
+    "device-time-tf32": "txt",
     "device-time-graphs": "txt",
     "closed": "png",
     "closed-one-instance": "png",

@@ -98,13 +98,13 @@ def test_top_k(stub, golden, top_k, expected):
         ),
     ],
 )
-def test_a_wrong_request_is_told_what_is_wrong(stub, request_, code, message):
+def test_an_invalid_request_gets_the_reason(stub, request_, code, message):
     with pytest.raises(grpc.RpcError, match=message) as caught:
         stub.Classify(request_)
     assert caught.value.code().name == code
 
 
-def test_a_damaged_image_is_refused_without_hurting_others(server, golden):
+def test_a_damaged_image_is_rejected_without_affecting_others(server, golden):
     good, damaged = png_files(golden)[0], png_files(golden)[0][:-40]
 
     async def ask() -> list[object]:
@@ -121,7 +121,7 @@ def test_a_damaged_image_is_refused_without_hurting_others(server, golden):
     assert codes == ["INVALID_ARGUMENT" if number % 3 else "OK" for number in range(60)]
 
 
-def test_a_decompression_bomb_is_refused(stub):
+def test_a_decompression_bomb_is_rejected(stub):
     bomb = encoded(Image.new("1", (10_000, 10_000)))
     assert len(bomb) < 100_000
     with pytest.raises(grpc.RpcError, match="at most 50000000 pixels") as caught:

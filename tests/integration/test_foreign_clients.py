@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,8 +10,8 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
-import pytest
 
+from tests.needs import needs_program
 from tests.processes import ServerProcess
 
 
@@ -67,9 +66,9 @@ def test_tritonclient_streams_and_uses_the_extensions(server, repository):
     assert seen["late"] == "StatusCode.DEADLINE_EXCEEDED"
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+@needs_program("promtool", "prometheus")
 def test_promtool_finds_nothing_wrong_with_the_metrics(server: ServerProcess):
-    with urllib.request.urlopen(f"{server.http}/metrics") as reply:
+    with urllib.request.urlopen(f"{server.metrics}/metrics") as reply:
         exposition = reply.read()
     result = subprocess.run(
         ["promtool", "check", "metrics"], input=exposition, capture_output=True, check=False
@@ -91,10 +90,10 @@ def _ask(port: int, query: str) -> list[dict[str, object]]:
         return []
 
 
-@pytest.mark.skipif(not shutil.which("prometheus"), reason="Prometheus is not installed")
+@needs_program("prometheus", "prometheus")
 def test_prometheus_scrapes_the_server(server: ServerProcess, tmp_path: Path):
     port = _free_port()
-    target = server.http.removeprefix("http://")
+    target = server.metrics.removeprefix("http://")
     config = tmp_path / "prometheus.yml"
     config.write_text(
         "global: {scrape_interval: 1s}\n"

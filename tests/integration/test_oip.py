@@ -217,7 +217,7 @@ def _reshape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
                 .CopyFrom(pb.InferParameter(string_param="region"))
             ),
             "UNIMPLEMENTED",
-            "shared memory is not offered",
+            "shared memory is not supported",
         ),
         (
             lambda r: r.outputs.add(name="loss"),
@@ -226,7 +226,7 @@ def _reshape(*shape: int) -> Callable[[pb.ModelInferRequest], None]:
         ),
     ],
 )
-def test_a_wrong_request_is_told_what_is_wrong(stub, golden, edit, code, message):
+def test_an_invalid_request_gets_the_reason(stub, golden, edit, code, message):
     with pytest.raises(grpc.RpcError, match=message) as caught:
         stub.ModelInfer(_edit(edit)(golden["images"][:1]))
     assert caught.value.code().name == code
@@ -240,7 +240,7 @@ def test_the_repository_is_not_managed_on_this_port(stub, method):
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_typed_values_beyond_a_byte_are_refused(stub):
+def test_typed_values_beyond_a_byte_are_rejected(stub):
     request = pb.ModelInferRequest(model_name="digits")
     tensor = request.inputs.add(name="image", datatype="UINT8", shape=[1, 32, 32, 3])
     tensor.contents.uint_contents.extend([256] * 3072)
@@ -256,7 +256,7 @@ def test_a_request_larger_than_any_batch_is_split_and_joined(stub, golden):
     np.testing.assert_allclose(outputs_of(reply)["logits"], logits, atol=1e-3)
 
 
-def test_more_images_than_a_request_may_bring_are_refused(stub, golden):
+def test_more_images_than_a_request_may_bring_are_rejected(stub, golden):
     images = np.concatenate([golden["images"]] * 20)[:257]
     with pytest.raises(grpc.RpcError, match="expected 1 to 256 images, got 257") as caught:
         stub.ModelInfer(infer_request(images))

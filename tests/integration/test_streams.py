@@ -15,7 +15,7 @@ from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc, model_config_pb2
 from convoy.v1 import classifier_pb2, classifier_pb2_grpc
 from tests.processes import GRPC_FLAGS, ServerProcess, running_server
-from tests.server.conftest import HEIGHT, WIDTH, mean_colour_logits, publish_version, seal
+from tests.server.conftest import HEIGHT, WIDTH, mean_color_logits, publish_version, seal
 
 SHAPE = (HEIGHT, WIDTH, 3)
 
@@ -25,7 +25,7 @@ def process(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ServerProcess]:
     models = tmp_path_factory.mktemp("models")
-    folder = publish_version(models / "colours" / "1")
+    folder = publish_version(models / "colors" / "1")
     seal(folder, abstain_threshold=0.4)
     with running_server(models, "--device", "cpu", *GRPC_FLAGS[request.param]) as server:
         yield server
@@ -53,7 +53,7 @@ def images(count: int) -> np.ndarray:
 
 def infer_request(pixels: np.ndarray, id_: str = "") -> pb.ModelInferRequest:
     return pb.ModelInferRequest(
-        model_name="colours",
+        model_name="colors",
         id=id_,
         inputs=[{"name": "image", "datatype": "UINT8", "shape": pixels.shape}],
         raw_input_contents=[pixels.tobytes()],
@@ -73,7 +73,7 @@ def test_every_request_of_a_stream_is_answered_under_its_id(oip):
     requests = [infer_request(pixels[n : n + 1], str(n)) for n in range(200)]
     replies = {r.infer_response.id: r for r in oip.ModelStreamInfer(iter(requests))}
     assert len(replies) == 200
-    expected = mean_colour_logits(pixels)
+    expected = mean_color_logits(pixels)
     for id_, reply in replies.items():
         assert reply.error_message == ""
         assert reply.infer_response.parameters["triton_final_response"].bool_param
@@ -83,7 +83,7 @@ def test_every_request_of_a_stream_is_answered_under_its_id(oip):
 
 def test_a_reply_does_not_wait_for_an_earlier_request(oip):
     """A file takes a thread to decode, pixels do not: those behind it overtake it."""
-    slow = pb.ModelInferRequest(model_name="colours", id="slow")
+    slow = pb.ModelInferRequest(model_name="colors", id="slow")
     tensor = slow.inputs.add(name="image", datatype="BYTES", shape=[1])
     tensor.contents.bytes_contents.append(_large_jpeg())
     requests = [slow, *(infer_request(images(1), f"fast {n}") for n in range(5))]
@@ -126,7 +126,7 @@ def test_a_stream_is_answered_while_it_is_open(oip):
     assert list(replies) == []
 
 
-def test_a_caller_who_leaves_a_stream_does_no_harm(oip):
+def test_a_caller_that_disconnects_from_a_stream_affects_no_other(oip):
     replies = oip.ModelStreamInfer(infer_request(images(2), str(n)) for n in range(500))
     next(replies)
     replies.cancel()
@@ -134,9 +134,9 @@ def test_a_caller_who_leaves_a_stream_does_no_harm(oip):
 
 
 def test_a_model_s_configuration(oip):
-    config = oip.ModelConfig(pb.ModelConfigRequest(name="colours")).config
+    config = oip.ModelConfig(pb.ModelConfigRequest(name="colors")).config
     assert (config.name, config.platform, config.backend) == (
-        "colours",
+        "colors",
         "onnxruntime_onnx",
         "onnxruntime",
     )
@@ -155,14 +155,14 @@ def test_a_model_s_configuration(oip):
 
 def test_statistics_count_images_batches_and_their_times(oip):
     def statistics() -> pb.ModelStatistics:
-        (model,) = oip.ModelStatistics(pb.ModelStatisticsRequest(name="colours")).model_stats
+        (model,) = oip.ModelStatistics(pb.ModelStatisticsRequest(name="colors")).model_stats
         return model
 
     before = statistics()
     for _ in range(3):
         oip.ModelInfer(infer_request(images(2)))
     after = statistics()
-    assert (after.name, after.version) == ("colours", "1")
+    assert (after.name, after.version) == ("colors", "1")
     assert after.inference_count - before.inference_count == 6
     assert after.execution_count - before.execution_count == 3
     assert after.inference_stats.success.count - before.inference_stats.success.count == 3
@@ -173,12 +173,12 @@ def test_statistics_count_images_batches_and_their_times(oip):
     assert sizes[2].count >= 3
     assert sizes[2].ns > 0
     (all_models,) = oip.ModelStatistics(pb.ModelStatisticsRequest()).model_stats
-    assert all_models.name == "colours"
+    assert all_models.name == "colors"
 
 
 def test_a_batch_fails_only_where_an_image_does(classifier):
     request = classifier_pb2.ClassifyBatchRequest(
-        model="colours",
+        model="colors",
         top_k=3,
         images=[
             {"raw": raw(plain(255, 0, 0))},
@@ -188,7 +188,7 @@ def test_a_batch_fails_only_where_an_image_does(classifier):
         ],
     )
     reply = classifier.ClassifyBatch(request)
-    assert (reply.model, reply.version) == ("colours", 1)
+    assert (reply.model, reply.version) == ("colors", 1)
     red, damaged, blue, missing = reply.results
     assert (red.classes[0].label, blue.classes[0].label) == ("red", "blue")
     assert len(red.classes) == 3
@@ -214,15 +214,15 @@ def test_a_batch_has_bounds(classifier, count):
 
 
 def test_classes_are_streamed_under_their_ids(classifier):
-    colours = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255)}
+    colors = {"r": (255, 0, 0), "g": (0, 255, 0), "b": (0, 0, 255)}
     requests = [
-        classifier_pb2.ClassifyStreamRequest(id=id_, request={"raw": raw(plain(*colour))})
-        for id_, colour in colours.items()
+        classifier_pb2.ClassifyStreamRequest(id=id_, request={"raw": raw(plain(*color))})
+        for id_, color in colors.items()
     ]
     requests.append(classifier_pb2.ClassifyStreamRequest(id="bad", request={"encoded": b"x"}))
     replies = {reply.id: reply for reply in classifier.ClassifyStream(iter(requests))}
     assert replies["bad"].error.code == 3
-    labels = {id_: replies[id_].response.classes[0].label for id_ in colours}
+    labels = {id_: replies[id_].response.classes[0].label for id_ in colors}
     assert labels == {"r": "red", "g": "green", "b": "blue"}
 
 
@@ -236,7 +236,7 @@ def test_it_abstains_below_the_model_s_threshold(classifier):
     assert model.max_request_images > 1
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_on_arrival(oip):
+def test_a_deadline_that_cannot_be_met_is_rejected_on_arrival(oip):
     request = infer_request(images(1))
     # A microsecond, in the request's own words: gRPC knows of no deadline.
     request.parameters["timeout"].int64_param = 1
@@ -258,7 +258,7 @@ def test_extensions_are_those_that_work(oip):
 
 
 def test_a_full_queue_says_when_to_try_again(tmp_path: Path):
-    publish_version(tmp_path / "colours" / "1")
+    publish_version(tmp_path / "colors" / "1")
     flags = ("--max-queue-delay-ms", "30000", "--max-queue-size", "2", "--max-batch-size", "8")
     with (
         running_server(tmp_path, *flags, "--device", "cpu") as server,
@@ -269,8 +269,8 @@ def test_a_full_queue_says_when_to_try_again(tmp_path: Path):
         calls = [stub.ModelInfer.future(infer_request(images(2)), timeout=60) for _ in range(2)]
         for call in calls:
             call.add_done_callback(ended.put)
-        refused = ended.get(timeout=60)
+        rejected = ended.get(timeout=60)
         for call in calls:
             call.cancel()
-    assert refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert int(dict(refused.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1
+    assert rejected.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert int(dict(rejected.trailing_metadata())["grpc-retry-pushback-ms"]) >= 1

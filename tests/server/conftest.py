@@ -12,13 +12,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from server.manifest import SCHEMA_VERSION
+from convoy.server.models.manifest import SCHEMA_VERSION
 
 HEIGHT, WIDTH, CLASSES = 4, 6, 3
 Publish = Callable[..., Path]
 
 
-def mean_colour_logits(images: np.ndarray) -> np.ndarray:
+def mean_color_logits(images: np.ndarray) -> np.ndarray:
     """What the hand-made model computes: the mean of each channel, 0 to 1."""
     return images.mean(axis=(1, 2), dtype=np.float64) / 255
 
@@ -36,7 +36,7 @@ def write_model(path: Path) -> None:
     shape, scores = ["batch", HEIGHT, WIDTH, 3], ["batch", CLASSES]
     graph = helper.make_graph(
         nodes,
-        "mean-colour",
+        "mean-color",
         [helper.make_tensor_value_info("image", TensorProto.UINT8, shape)],
         [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, scores)
@@ -58,7 +58,7 @@ def write_samples(path: Path) -> None:
     np.savez(
         path,
         images=images,
-        logits=mean_colour_logits(images).astype("f4"),
+        logits=mean_color_logits(images).astype("f4"),
         encoded=np.frombuffer(b"".join(files), np.uint8),
         encoded_offsets=np.cumsum([0, *map(len, files)]),
     )
@@ -131,15 +131,25 @@ def publish_version(folder: Path) -> Path:
     return folder
 
 
+def mount(folder: Path, data: str) -> None:
+    """Lays files out as Kubernetes mounts them: links through a link that is replaced."""
+    (folder / data).mkdir()
+    for path in [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]:
+        path.rename(folder / data / path.name)
+        path.symlink_to(f"..data/{path.name}")
+    (folder / "..next").symlink_to(data)
+    (folder / "..next").replace(folder / "..data")
+
+
 @pytest.fixture
 def publish(tmp_path: Path) -> Publish:
-    """Publishes `colours` (or another name) in a version, by one rename as export does.
+    """Publishes `colors` (or another name) in a version, by one rename as export does.
 
     `spoil` is called with the folder before it is renamed.
     """
 
     def write(
-        version: int = 1, name: str = "colours", spoil: Callable[[Path], object] | None = None
+        version: int = 1, name: str = "colors", spoil: Callable[[Path], object] | None = None
     ) -> Path:
         staged = publish_version(tmp_path / "staged" / name / str(version))
         if spoil:

@@ -1,8 +1,8 @@
 """The servicers without a network: a loaded model, its batcher, and a context that records."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,18 +10,19 @@ from pathlib import Path
 import grpc
 from prometheus_client import CollectorRegistry
 
-from server.backends.devices import Device
-from server.backends.runtimes import Runtime
-from server.batcher import BatchingLimits
-from server.catalogue import ModelCatalogue, ServerState
-from server.decoding import ImageDecoder
-from server.loading import LoadOptions, ModelLoader
-from server.metrics import ServerMetrics
-from server.protocols.calls import CallBoundary
-from server.protocols.classifier import ClassifierServicer
-from server.protocols.inference import Inference
-from server.protocols.oip import InferenceServicer
-from server.protocols.streams import Streams
+from convoy.server.backends.device import Device, Runtime
+from convoy.server.batching import BatchingLimits
+from convoy.server.edge.limits import ByteBudget
+from convoy.server.grpc.classifier import ClassifierServicer
+from convoy.server.grpc.context import GrpcBoundary
+from convoy.server.grpc.oip import InferenceServicer
+from convoy.server.grpc.streams import Streams
+from convoy.server.images.decoding import DecodeThreads, ImageDecoder
+from convoy.server.metrics.requests import ServerMetrics
+from convoy.server.models.loader import LoadOptions, ModelLoader
+from convoy.server.models.readiness import ServerState
+from convoy.server.models.registry import ModelRegistry
+from convoy.server.protocol.inference import Inference
 
 MAX_PIXELS = 1_000_000
 
@@ -63,11 +64,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Servicers:
-    """Both services over one catalogue."""
+    """Both services over one models."""
 
     inference: InferenceServicer
     classifier: ClassifierServicer
-    catalogue: ModelCatalogue
+    models: ModelRegistry
     streams: Streams
     registry: CollectorRegistry
 
@@ -86,18 +87,18 @@ async def servicers(folder: Path, **limits: object) -> AsyncIterator[Servicers]:
     loader = ModelLoader(options, metrics)
     model = await asyncio.to_thread(loader.load, folder)
     model.batcher.start()
-    catalogue = ModelCatalogue()
-    catalogue.add(model)
-    catalogue.make_default(model)
-    catalogue.state = ServerState.SERVING
-    with ThreadPoolExecutor(2) as threads:
+    models = ModelRegistry()
+    models.add(model)
+    models.make_default(model)
+    models.state = ServerState.SERVING
+    with contextlib.closing(DecodeThreads(2)) as threads:
         decoder = ImageDecoder(threads, 2, MAX_PIXELS, max_waiting=1024)
-        boundary = CallBoundary(metrics)
-        streams = Streams(catalogue)
+        boundary = GrpcBoundary(metrics)
+        streams = Streams(models, ByteBudget(1 << 30))
         yield Servicers(
-            InferenceServicer(catalogue, Inference(catalogue, decoder), boundary, streams),
-            ClassifierServicer(catalogue, decoder, boundary, streams),
-            catalogue,
+            InferenceServicer(models, Inference(models, decoder), boundary, streams),
+            ClassifierServicer(models, decoder, boundary, streams),
+            models,
             streams,
             registry,
         )

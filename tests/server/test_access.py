@@ -6,16 +6,16 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 
 import grpc
 import pytest
-from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from convoy.oip.v2 import inference_pb2 as pb
 from convoy.oip.v2 import inference_pb2_grpc
-from server.access import Access, AccessFiles
+from convoy.server.security.tokens import Tokens, warn_if_open
 from tests.processes import GRPC_FLAGS, run_module, running_server
 from tests.server.certificates import Authority, serial_of
 
@@ -74,7 +74,7 @@ def status(url: str, token: str = "", context: ssl.SSLContext | None = None) -> 
             return error.code
 
 
-def test_http_asks_for_the_token_and_speaks_tls_too(publish, tmp_path):
+def test_rest_asks_for_the_token_and_speaks_tls_too(publish, tmp_path):
     authority = Authority()
     certificate, key = authority.issue_into(tmp_path)
     (tmp_path / "token").write_text("secret")
@@ -82,15 +82,19 @@ def test_http_asks_for_the_token_and_speaks_tls_too(publish, tmp_path):
     flags += ["--tls-certificate", certificate, "--tls-key", key]
     context = ssl.create_default_context(cadata=authority.pem.decode())
     with running_server(publish().parent.parent, *flags) as server:
-        http = server.http.replace("http://", "https://")
-        for path in ("/healthz", "/readyz"):
-            assert status(http + path, context=context) == 200
-        for path in ("/metrics", "/v2/models/colours", "/"):
-            assert status(http + path, context=context) == 401
-            assert status(http + path, "other", context) == 401
-            assert status(http + path, "secret", context) == 200
-        with pytest.raises(OSError, match=r"reset|closed|Remote|bad"):
-            status(server.http + "/healthz")
+        for path in ("/v2/models/colors", "/ui/state", "/nothing"):
+            assert status(server.url + path, context=context) == 401
+            assert status(server.url + path, "other", context) == 401
+        for path in ("/v2/models/colors", "/ui/state"):
+            assert status(server.url + path, "secret", context) == 200
+        for path in ("/", "/main.js", "/style.css", "/docs", "/openapi.json"):
+            assert status(server.url + path, context=context) == 200
+        # Operators have neither certificate nor token.
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert status(server.metrics + path) == 200
+        # It gets a TLS alert in place of an answer.
+        with pytest.raises((OSError, HTTPException)):
+            status(server.url.replace("https", "http") + "/")
 
 
 def secure_channel(address: str, authority: Authority, client=(None, None)) -> grpc.Channel:
@@ -151,14 +155,15 @@ def test_mutual_tls_wants_a_certificate_of_its_authority(publish, tmp_path, tran
         assert ask(others.issue("stranger")) == "UNAVAILABLE"
         client_ca.write_bytes(others.pem)
         eventually(lambda: ask(others.issue("stranger")), "OK")
-        assert ask(clients.issue("friend")) == "UNAVAILABLE"
+        # Each front end looks at the file in its own time.
+        eventually(lambda: ask(clients.issue("friend")), "UNAVAILABLE")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--tls-certificate", "{crt}"], "--tls-certificate and --tls-key: expected both"),
-        (["--tls-client-ca", "{crt}"], "--tls-client-ca: expected --tls-certificate"),
+        (["--tls-client-ca", "{crt}"], "--tls-client-ca: expected also --tls-certificate"),
         (
             ["--tls-certificate", "{crt}", "--tls-key", "{other}"],
             "--tls-certificate: expected PEM files that belong together",
@@ -166,26 +171,27 @@ def test_mutual_tls_wants_a_certificate_of_its_authority(publish, tmp_path, tran
         (["--tls-certificate", "{none}", "--tls-key", "{key}"], "No such file"),
         (["--token-file", "{none}"], "--token-file: .*No such file"),
         (["--token-file", "{empty}"], "--token-file: expected a token, found none"),
-        (["--admin-port", "0"], "--admin-port: expected --admin-token-file"),
-        (["--channelz", "--transport", "grpcio"], "--channelz: expected --admin-port"),
-        (["--channelz", "--admin-port", "0"], "--channelz: expected --transport grpcio"),
+        (["--token-file", "{three}"], "--token-file: line 2: expected a token, or a name and"),
+        (["--admin-port", "0"], "--admin-port: expected also --admin-token-file"),
     ],
 )
 def test_credentials_that_cannot_be_used_end_the_start(publish, tmp_path, flags, message):
     certificate, key = Authority().issue_into(tmp_path)
     (tmp_path / "other.key").write_bytes(Authority().issue()[1])
     (tmp_path / "empty").touch()
+    (tmp_path / "three").write_text("name token\nname token more\n")
     places = {
         "crt": certificate,
         "key": key,
         "other": tmp_path / "other.key",
         "none": tmp_path / "none",
         "empty": tmp_path / "empty",
+        "three": tmp_path / "three",
     }
-    ports = ["--port", "0", "--http-port", "0", "--device", "cpu"]
+    ports = ["--port", "0", "--metrics-port", "0", "--device", "cpu"]
     models = publish().parent.parent
     ended = run_module(
-        "server", "--repository", models, *ports, *(flag.format(**places) for flag in flags)
+        "convoy.server", "--repository", models, *ports, *(flag.format(**places) for flag in flags)
     )
     assert ended.returncode == 2
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("convoy-server: ")]
@@ -202,21 +208,10 @@ def test_an_open_port_beyond_loopback_is_warned_of(tmp_path, host, warned):
     tokens = tmp_path / "tokens"
     tokens.write_text("secret")
     with capture_logs() as lines:
-        Access(AccessFiles()).warn_if_open(host)
-        Access(AccessFiles(token=tokens)).warn_if_open(host)
+        warn_if_open(host, Tokens(None), mutual_tls=False)
+        warn_if_open(host, Tokens(None), mutual_tls=True)
+        warn_if_open(host, Tokens(tokens), mutual_tls=False)
     assert len(lines) == warned
-
-
-def test_http_paths_of_supervisors_stay_open(tmp_path):
-    tokens = tmp_path / "tokens"
-    tokens.write_text("secret")
-    access = Access(AccessFiles(token=tokens))
-    assert access.allows_http("/healthz", "")
-    assert access.allows_http("/readyz", "")
-    assert not access.allows_http("/metrics", "")
-    assert not access.allows_http("/v2/models/digits/infer", "Bearer other")
-    assert access.allows_http("/metrics", "Bearer secret")
-    assert Access(AccessFiles()).allows_http("/metrics", "")
 
 
 ADMIN_TOKEN = [("authorization", "Bearer admin")]
@@ -224,8 +219,8 @@ ADMIN_TOKEN = [("authorization", "Bearer admin")]
 
 def test_the_admin_port_indexes_loads_and_unloads_with_its_own_token(publish, tmp_path):
     models = publish().parent.parent
-    for name in ("admin", "everyone"):
-        (tmp_path / name).write_text(name)
+    (tmp_path / "admin").write_text("old\nrota admin\n")
+    (tmp_path / "everyone").write_text("everyone")
     flags = ["--device", "cpu", "--poll-s", "0", "--token-file", tmp_path / "everyone"]
     flags += ["--admin-port", "0", "--admin-token-file", tmp_path / "admin"]
     with (
@@ -246,9 +241,9 @@ def test_the_admin_port_indexes_loads_and_unloads_with_its_own_token(publish, tm
             reply = admin.RepositoryIndex(pb.RepositoryIndexRequest(), metadata=ADMIN_TOKEN)
             return {model.version: model.state for model in reply.models}
 
-        load = pb.RepositoryModelLoadRequest(model_name="colours")
-        unload = pb.RepositoryModelUnloadRequest(model_name="colours")
-        ready = pb.ModelReadyRequest(name="colours")
+        load = pb.RepositoryModelLoadRequest(model_name="colors")
+        unload = pb.RepositoryModelUnloadRequest(model_name="colors")
+        ready = pb.ModelReadyRequest(name="colors")
         everything = pb.RepositoryIndexRequest()
         assert code(admin.RepositoryIndex, everything, everyone) == "UNAUTHENTICATED"
         assert code(stub.RepositoryIndex, everything, everyone) == "UNIMPLEMENTED"
@@ -264,31 +259,27 @@ def test_the_admin_port_indexes_loads_and_unloads_with_its_own_token(publish, tm
         assert not stub.ModelReady(ready, metadata=everyone).ready
         assert code(admin.RepositoryModelUnload, unload, ADMIN_TOKEN) == "NOT_FOUND"
         del load.parameters["config"]
-        load.model_name = "../models/colours"
+        load.model_name = "../models/colors"
         assert code(admin.RepositoryModelLoad, load, ADMIN_TOKEN) == "NOT_FOUND"
-        load.model_name = "colours"
-        admin.RepositoryModelLoad(load, metadata=ADMIN_TOKEN)
+        load.model_name = "colors"
+        admin.RepositoryModelLoad(load, metadata=[("authorization", "Bearer old")])
         assert stub.ModelReady(ready, metadata=everyone).ready
-
-
-def test_channelz_tells_of_calls_on_the_admin_port(publish, tmp_path):
-    models = publish().parent.parent
-    (tmp_path / "admin").write_text("admin")
-    flags = ["--device", "cpu", "--transport", "grpcio", "--channelz"]
-    flags += ["--admin-port", "0", "--admin-token-file", tmp_path / "admin"]
-    with (
-        running_server(models, *flags) as server,
-        grpc.insecure_channel(str(server.wait_for("serving")["admin"])) as admin_channel,
-        grpc.insecure_channel(server.address) as channel,
-    ):
-        stub = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
-        for _ in range(3):
-            stub.ServerLive(pb.ServerLiveRequest(), timeout=20)
-        with pytest.raises(grpc.RpcError, match="UNAUTHENTICATED"):
-            channelz_pb2_grpc.ChannelzStub(admin_channel).GetServers(
-                channelz_pb2.GetServersRequest(), timeout=20
-            )
-        reply = channelz_pb2_grpc.ChannelzStub(admin_channel).GetServers(
-            channelz_pb2.GetServersRequest(), metadata=ADMIN_TOKEN, timeout=20
-        )
-        assert sorted(each.data.calls_started for each in reply.server)[-1] == 3
+        audited = [
+            (line["action"], line["model"], line["caller"], line.get("error", ""))
+            for line in server.events
+            if str(line["event"]).startswith("admin action")
+        ]
+        assert audited == [
+            ("load", "colors", "rota", ""),
+            ("unload", "colors", "rota", ""),
+            ("unload", "colors", "rota", "model: 'colors' is not served"),
+            (
+                "load",
+                "../models/colors",
+                "rota",
+                "model: the repository has none named '../models/colors'",
+            ),
+            ("load", "colors", "token 1", ""),
+        ]
+        assert server.metric("convoy_authentication_failures_total", port="admin") == 1
+        assert server.metric("convoy_authentication_failures_total", port="callers") == 0

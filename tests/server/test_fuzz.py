@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from convoy.oip.v2 import inference_pb2 as pb
+from convoy.server.errors import InvalidRequestError
+from convoy.server.images.decoding import decode_image
+from convoy.server.models.manifest import Interpolation, Preprocessing
 from convoy.v1 import classifier_pb2
-from server.errors import InvalidRequestError
-from server.images import decode_image
-from server.manifest import Interpolation, Preprocessing
 from tests.server.conftest import HEIGHT, WIDTH
 from tests.server.inprocess import AbortedError, Context, Servicers, servicers
 
@@ -91,10 +91,10 @@ def infer_messages() -> list[bytes]:
     pixels = bytes(2 * HEIGHT * WIDTH * 3)
     tensor = {"name": "image", "datatype": "UINT8", "shape": (2, HEIGHT, WIDTH, 3)}
     raw = pb.ModelInferRequest(
-        model_name="colours", id="7", inputs=[tensor], raw_input_contents=[pixels]
+        model_name="colors", id="7", inputs=[tensor], raw_input_contents=[pixels]
     )
     typed = pb.ModelInferRequest(
-        model_name="colours", inputs=[{**tensor, "contents": {"uint_contents": list(pixels)}}]
+        model_name="colors", inputs=[{**tensor, "contents": {"uint_contents": list(pixels)}}]
     )
     classes = pb.ModelInferRequest()
     classes.CopyFrom(raw)
@@ -103,7 +103,7 @@ def infer_messages() -> list[bytes]:
     classes.parameters["priority"].uint64_param = 1
     file = files()[3]
     encoded = pb.ModelInferRequest(
-        model_name="colours",
+        model_name="colors",
         inputs=[{"name": "image", "datatype": "BYTES", "shape": [1]}],
         raw_input_contents=[struct.pack("<I", len(file)) + file],
     )
@@ -127,7 +127,7 @@ async def _ask_all(served: Servicers, chance: random.Random) -> Counter[grpc.Sta
             code = await _status(lambda m=message: served.inference.ModelInfer(m, Context()))
         else:
             request = classifier_pb2.ClassifyRequest(
-                model=chance.choice(["", "colours", "cats"]),
+                model=chance.choice(["", "colors", "cats"]),
                 version=chance.choice([0, 1, 2**32 - 1]),
                 encoded=damaged(chance.choice(pictures), chance),
                 top_k=chance.choice([0, 1, 2**32 - 1]),
@@ -152,7 +152,7 @@ async def test_no_mutated_request_is_answered_by_internal(publish):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_mutated_file_is_decoded_or_refused():
+def test_every_mutated_file_is_decoded_or_rejected():
     chance = random.Random(1)
     originals = files()
     decoded = 0

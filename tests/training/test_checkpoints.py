@@ -3,15 +3,15 @@ import resource
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from training import checkpoints, nets
-from training.checkpoints import Architecture, Checkpoint, DataDescription
-from training.data import Preprocessing
-from training.errors import CheckpointError
+from convoy.training import checkpoints, nets
+from convoy.training.checkpoints import Architecture, Checkpoint, DataDescription
+from convoy.training.data import Preprocessing
+from convoy.training.errors import CheckpointError
+from convoy.training.weights import read_weights
 
 
 def make_checkpoint(**arguments: object) -> Checkpoint:
@@ -48,16 +48,16 @@ def test_the_file_is_a_plain_dict_for_weights_only(tmp_path: Path) -> None:
     assert checkpoints.load_training_state(tmp_path / "best.pt") == {"epoch": 3}
 
 
-def test_shared_blocks_never_load_as_distinct_ones_in_silence(tmp_path: Path) -> None:
+def test_shared_blocks_never_load_silently_as_distinct_ones(tmp_path: Path) -> None:
     shared = make_checkpoint(n_blocks=2, shared_blocks=True)
     checkpoints.save(tmp_path / "shared.pt", shared)
     net = checkpoints.load(tmp_path / "shared.pt").build_net()
     assert net.resblocks[0] is net.resblocks[1]
 
 
-def test_weights_of_another_net_are_refused() -> None:
+def test_weights_of_another_net_are_rejected() -> None:
     foreign = replace(make_checkpoint(n_blocks=2), architecture=Architecture("net", {}))
-    with pytest.raises(CheckpointError, match="Missing key"):
+    with pytest.raises(CheckpointError, match=r"missing: .*unknown: "):
         foreign.build_net()
 
 
@@ -70,20 +70,20 @@ def test_code_in_a_file_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(_Payload(), protocol=2))
     torch.save({"format": "convoy-checkpoint", "x": _Payload()}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(CheckpointError, match="expected a checkpoint"):
+        with pytest.raises(CheckpointError, match=r"contains (builtins\.)?exec objects"):
             checkpoints.load(tmp_path / name)
 
 
 @pytest.mark.parametrize(
     "content", [{"state_dict": {}}, {"format": "convoy-checkpoint", "format_version": 2}, [1]]
 )
-def test_a_foreign_file_is_refused(tmp_path: Path, content: object) -> None:
+def test_a_foreign_file_is_rejected(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "foreign.pt")
     with pytest.raises(CheckpointError, match="expected"):
         checkpoints.load(tmp_path / "foreign.pt")
 
 
-def test_missing_and_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_rejected(tmp_path: Path) -> None:
     checkpoints.save(tmp_path / "whole.pt", make_checkpoint(n_blocks=1))
     half = (tmp_path / "whole.pt").read_bytes()[:5000]
     (tmp_path / "half.pt").write_bytes(half)
@@ -115,12 +115,6 @@ def test_weights_come_from_any_usual_file(tmp_path: Path, prefix: str) -> None:
     torch.save(wrapped, tmp_path / "w.pt")
     save_file(wrapped, tmp_path / "w.safetensors")
     for name in ("w.pt", "w.safetensors"):
-        read = checkpoints.read_weights(tmp_path / name)
+        read = read_weights(tmp_path / name)
         assert list(read) == sorted(weights) or list(read) == list(weights)
         assert all(torch.equal(read[key], weights[key]) for key in weights)
-
-
-def test_a_numpy_scalar_in_a_foreign_file_is_refused(tmp_path: Path) -> None:
-    torch.save({"weight": np.float64(1.0)}, tmp_path / "numpy.pt")
-    with pytest.raises(CheckpointError):
-        checkpoints.read_weights(tmp_path / "numpy.pt")

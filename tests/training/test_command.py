@@ -7,13 +7,16 @@ import time
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from training import checkpoints, nets
-from training.__main__ import main
+from convoy.training import __version__, checkpoints, nets
+from convoy.training.__main__ import main
+from convoy.training.data import Shares
 
 
 def train(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -43,6 +46,13 @@ def events(finished: Path) -> EventAccumulator:
     return EventAccumulator(str(finished / "tensorboard")).Reload()
 
 
+def test_version_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"convoy-train {__version__}\n"
+
+
 def read_lines(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
@@ -57,6 +67,7 @@ def test_a_run_writes_everything_it_promises(finished: Path) -> None:
     assert [line["epoch"] for line in read_lines(finished)] == [1, 2]
     assert json.loads((finished / "config.json").read_text())["recipe"]["model"] == "airbench"
     assert cv2.imread(str(finished / "report.png")).shape == (400, 1200, 3)
+    assert "airbench on digits" in (finished / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -83,6 +94,7 @@ def test_events_hold_the_pictures_and_the_graph(events: EventAccumulator) -> Non
     pictures = {
         "Report",
         "Confusion matrix",
+        "Calibration",
         "First layer/filters",
         "First layer/feature maps",
         "Misclassified",
@@ -105,7 +117,7 @@ def test_events_hold_the_settings_beside_the_final_metrics(
         assert [e.value for e in events.Scalars(f"final/{name}")] == pytest.approx([value])
 
 
-def test_ones_own_folder_is_trained_on(
+def test_a_users_folder_is_trained_on(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -169,6 +181,67 @@ def test_training_stops_early_when_validation_gets_no_better(
     assert train(monkeypatch, *still, *patience, "--out", tmp_path) == 0
     assert [line["epoch"] for line in read_lines(tmp_path)] == [1, 2, 3]
     assert checkpoints.load(tmp_path / "best.pt").metrics["epoch"] == 1
+
+
+def test_a_new_users_folder_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Phone photos: a HEIC, two broken files, a stray folder, uneven classes, odd names."""
+    rng = np.random.default_rng(0)
+    for name, level, count in (("cat", 60, 60), ("dog", 180, 5)):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(level - 30, level + 30, (90, 120, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"IMG_{index}.JPG")
+        (folder / f"broken{name}.jpg").write_bytes(b"\xff\xd8 cut")
+    (tmp_path / "photos" / "cat" / "IMG_9.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    (tmp_path / "photos" / "old notes").mkdir()
+    data = ("--data", f"imagefolder:{tmp_path / 'photos'}", "--cache-dir", tmp_path / "cache")
+    arguments = ("--recipe", "digits", "--model", "net", "--batch-size", 8, "--epochs", 2)
+    sized = (*arguments, "--valid-share", 0.2, "--test-share", 0.2, "--out", tmp_path / "run")
+    assert train(monkeypatch, *data, *sized) == 2
+    error = capsys.readouterr().err
+    assert "data: 2 unreadable images (--skip-bad skips them): train, class 'cat': " in error
+    assert len(error.splitlines()) == 1
+    assert train(monkeypatch, *data, *sized, "--skip-bad", "--set", "balance=weights") == 0
+    shown = capsys.readouterr().out
+    assert "IMG_9.HEIC: is HEIC, which is not supported; convert it" in shown
+    assert "old notes: is a folder without images" in shown
+    assert "uneven: 38 training images of 'cat', 3 of 'dog'" in shown
+    assert "brokencat.jpg" in shown
+    checkpoint = checkpoints.load(tmp_path / "run" / "best.pt")
+    assert checkpoint.data.shares == Shares(0.2, 0.2)
+    assert "IMG_9.HEIC" in (tmp_path / "run" / "report.html").read_text()
+    resumed = (*data, *sized, "--skip-bad", "--resume", "--epochs", 3, "--test-share", 0.3)
+    assert train(monkeypatch, *resumed) == 2
+    assert (
+        "resume: shares: expected those of last.pt, Shares(valid=0.2, test=0.2), got "
+        in capsys.readouterr().err
+    )
+
+
+def test_inspect_and_cache_say_what_is_there(
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept = ("--cache-dir", tmp_path / "cache")
+    (image_folder / "train" / "dark" / "bad.png").write_bytes(b"no image")
+    spec = f"imagefolder:{image_folder}"
+    assert train(monkeypatch, "inspect", spec, "--image-size", 16, *kept) == 0
+    shown = capsys.readouterr().out
+    assert "36 train, 4 valid, 8 test, 2 classes" in shown
+    assert "images of 36 x 40 px are resized to 16 x 16 px" in shown
+    assert "bad.png" in shown
+    assert train(monkeypatch, "cache", "list", *kept) == 0
+    assert "1 entries, " in capsys.readouterr().out  # of test: train has an unreadable image
+    assert train(monkeypatch, "cache", "prune", "--cache-gib", 0, *kept) == 0
+    assert "deleted from" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").iterdir())
+    assert train(monkeypatch, "inspect", "digits") == 0
+    assert "1249 train, 249 valid, 299 test, 10 classes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", ["net", "resnet18"])
@@ -237,12 +310,15 @@ def test_weights_start_a_run_with_other_classes(
         (["--data", "mnist"], "got 'mnist'"),
         (["--model", "resnet81"], "got 'resnet81'"),
         (["--recipe", "slow"], "expected one of digits"),
-        (["--set", "colour=3"], "unknown setting 'colour'"),
+        (["--set", "color=3"], "unknown setting 'color'"),
         (["--set", "epochs"], "NAME=VALUE"),
         (["--epochs", "many"], "integer"),
         (["--epochs", "0"], "epochs: expected more than 0"),
         (["--bogus"], "--bogus"),
-        (["--set", "growth_share=0.5", "--set", "start_px=4"], "net takes no images of 4 px"),
+        (
+            ["--set", "growth_share=0.5", "--set", "start_px=4"],
+            "net does not accept images of 4 px",
+        ),
         (["--batch-size", "5000"], "at most the 1249 training images"),
         (["--device", "cuda:99"], "device: expected"),
         (["--weights", "absent.pt"], "No such file"),
@@ -274,8 +350,9 @@ def test_divergence_keeps_the_last_good_checkpoint(
     checkpoints.load(tmp_path / "last.pt").build_net()
 
 
-def test_ctrl_c_ends_cleanly_and_last_pt_is_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "training", "--epochs", "500", "--model", "net"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_cleanly_and_last_pt_is_whole(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "convoy.training", "--epochs", "500", "--model", "net"]
     process = subprocess.Popen(
         [*command, "--out", str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -286,12 +363,17 @@ def test_ctrl_c_ends_cleanly_and_last_pt_is_whole(tmp_path: Path) -> None:
     began = time.monotonic()
     while not (metrics.exists() and metrics.read_text()):
         assert process.poll() is None, process.communicate()
-        assert time.monotonic() - began < 90
+        assert time.monotonic() - began < 240
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert "stopped; --resume goes on" in stderr
+    assert "stopped; --resume continues" in stderr
     assert "Traceback" not in stderr
-    assert checkpoints.load_training_state(tmp_path / "last.pt")["epoch"] >= 1
+    state = checkpoints.load_training_state(tmp_path / "last.pt")
+    assert state["epoch"] >= 1
+    # Up to the step that the signal came in, whatever is left of the epoch.
+    epochs = len(metrics.read_text().splitlines())
+    assert state["epoch"] == epochs
+    assert state["step"] == epochs * 20 + state["batch"]
     checkpoints.load(tmp_path / "best.pt").build_net()

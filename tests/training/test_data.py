@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
-from training.data import Preprocessing, load_data
-from training.data.images import read_image
-from training.data.imageset import stratified_split
-from training.errors import DataError
+from convoy.training.data import Preprocessing, load_data, save_images
+from convoy.training.data.images import read_image
+from convoy.training.data.imageset import stratified_split
+from convoy.training.errors import DataError
 
 
 def test_digits_are_the_real_ones_split_by_class() -> None:
@@ -30,6 +30,18 @@ def test_digits_at_their_own_size_are_scikit_learns_values() -> None:
     ours = np.concatenate([p.images[..., 0] for p in (data.train, data.valid, data.test)])
     theirs = np.round(sklearn_digits().images * 255 / 16).astype(np.uint8)
     assert sorted(map(bytes, ours)) == sorted(map(bytes, theirs))
+
+
+def test_saved_images_are_an_image_folder_with_the_same_pixels(tmp_path: Path) -> None:
+    digits = load_data("digits")
+    assert save_images(digits, tmp_path / "digits") == {"train": 1249, "valid": 249, "test": 299}
+    again = load_data(f"imagefolder:{tmp_path / 'digits'}", cache=tmp_path / "cache")
+    assert again.classes == digits.classes
+    for one, other in ((again.train, digits.train), (again.test, digits.test)):
+        assert sorted(map(bytes, one.images)) == sorted(map(bytes, other.images))
+        assert np.bincount(one.labels).tolist() == np.bincount(other.labels).tolist()
+    with pytest.raises(DataError, match="expected one that does not exist"):
+        save_images(digits, tmp_path / "digits")
 
 
 def test_a_stratified_split_is_a_partition() -> None:
@@ -70,18 +82,17 @@ def test_unreadable_images_are_listed_or_left_out(
     assert "03.png" in caplog.text
 
 
-def test_empty_and_unknown_classes_are_refused(image_folder: Path) -> None:
+def test_missing_and_unknown_classes_are_rejected(image_folder: Path) -> None:
     spec = f"imagefolder:{image_folder}"
-    (image_folder / "train" / "empty").mkdir()
-    with pytest.raises(DataError, match="none for empty"):
+    (image_folder / "train" / "bright").rename(image_folder / "train" / "light")
+    with pytest.raises(DataError, match=r"split test: expected the classes of .* got also \['bri"):
         load_data(spec, cache=image_folder / "cache")
-    (image_folder / "train" / "empty").rmdir()
-    (image_folder / "test" / "unknown").mkdir()
-    with pytest.raises(DataError, match="unknown"):
+    (image_folder / "test" / "bright").rename(image_folder / "light")
+    with pytest.raises(DataError, match="split test: expected images in every class, got none for"):
         load_data(spec, cache=image_folder / "cache")
 
 
-def test_one_class_is_nothing_to_classify(image_folder: Path) -> None:
+def test_a_single_class_is_rejected(image_folder: Path) -> None:
     for split in ("train", "test"):
         shutil.rmtree(image_folder / split / "dark")
     with pytest.raises(DataError, match="at least 2 classes, got 1"):

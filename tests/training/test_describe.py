@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from training import nets
-from training.__main__ import main
-from training.describe import describe, output_shape, trace_layers
+from convoy.training import nets
+from convoy.training.__main__ import main
+from convoy.training.describe import describe, output_shape, trace_layers
 
 
 def test_the_formula_equals_conv2d_and_pooling_on_random_arguments() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from convoy.training import checkpoints
 from tests.training.test_command import train
-from training import checkpoints
 
 ARGUMENTS = ("--model", "net", "--epochs", "2", "--set", "l2=1e-4", "--set", "flip=random")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -18,7 +18,15 @@ def test_two_processes_follow_the_loss_curve_of_one(
 ) -> None:
     """Of 1,249 images in batches of 64 the last is odd: the two take unequal parts of it."""
     assert train(monkeypatch, *ARGUMENTS, "--out", tmp_path / "one") == 0
-    command = [sys.executable, *TORCHRUN, "-m", "training", *ARGUMENTS, "--out", tmp_path / "two"]
+    command = [
+        sys.executable,
+        *TORCHRUN,
+        "-m",
+        "convoy.training",
+        *ARGUMENTS,
+        "--out",
+        tmp_path / "two",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch   1") == 1

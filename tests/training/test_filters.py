@@ -4,8 +4,8 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
-from training.errors import NetError
-from training.filters import KERNELS, apply_filter
+from convoy.training.errors import NetError
+from convoy.training.filters import KERNELS, apply_filter
 
 EXAMPLE = torch.zeros(6, 6)
 EXAMPLE[1, 1:5] = 255
@@ -53,12 +53,12 @@ def test_padding_adds_zeros_outside() -> None:
 
 
 @pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("grey", [True, False])
-def test_filters_equal_opencv_on_real_photographs(name: str, grey: bool) -> None:
+@pytest.mark.parametrize("gray", [True, False])
+def test_filters_equal_opencv_on_real_photographs(name: str, gray: bool) -> None:
     kernel = np.array(KERNELS[name])
     for photo in load_sample_images().images:
         image = photo[100:164, 200:280]
-        image = image[..., 1] if grey else image
+        image = image[..., 1] if gray else image
         expected = cv2.filter2D(
             image.astype(np.float32), -1, kernel, borderType=cv2.BORDER_CONSTANT
         )

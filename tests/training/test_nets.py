@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from training import nets
-from training.errors import NetError
+from convoy.training import nets
+from convoy.training.errors import NetError
 
 
 def parameters(net: nn.Module) -> int:
@@ -113,11 +113,11 @@ def test_whitened_patches_are_uncorrelated() -> None:
     ("name", "arguments", "message"),
     [
         ("resnet81", {}, "net_res_deep"),
-        ("net", {"colour": 3}, "colour"),
+        ("net", {"color": 3}, "color"),
         ("net", {"image_size": 30}, "multiple of 4"),
         ("airbench", {"whitening_filters": 15}, "whitening_filters: expected an even number"),
         ("net", {"downsample": "mean"}, "downsample: expected one of"),
-        ("mobilenet_v3_small", {"small_stem": True}, "expected a ResNet"),
+        ("vgg11", {"small_stem": True}, "expected one of ResNet"),
     ],
 )
 def test_a_wrong_name_or_argument_is_named(
@@ -138,6 +138,29 @@ def test_torchvisions_classifiers_have_a_head_for_our_classes(name: str) -> None
 
 def test_a_checkpoint_is_read_without_torchvision() -> None:
     """Its import takes seconds, which every export of one of our own nets would pay."""
-    code = "import sys, training.checkpoints, training.data; print('torchvision' in sys.modules)"
+    code = "import sys, convoy.training.checkpoints, convoy.training.data\n"
+    code += "print('torchvision' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_nets_with_auxiliary_heads_give_logits_in_training_too(name: str) -> None:
+    with torch.device("meta"):
+        net = nets.create(name, n_classes=7)
+        for training in (True, False):
+            assert net.train(training)(torch.zeros(2, 3, 96, 96)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["densenet121", "shufflenet_v2_x0_5", "regnet_y_400mf", "mnasnet0_5", "mobilenet_v2"],
+)
+def test_a_small_stem_keeps_the_size_of_small_images(name: str) -> None:
+    net, small = (nets.create(name, n_classes=3, small_stem=stem) for stem in (False, True))
+    shapes = []
+    for each in (net, small):
+        convs = [m for m in each.modules() if isinstance(m, nn.Conv2d)]
+        convs[0].register_forward_hook(lambda _, __, out: shapes.append(out.shape[-1]))
+        each.eval()(torch.zeros(2, 3, 32, 32))
+    assert shapes == [16, 32]

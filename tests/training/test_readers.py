@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data import ImageFiles, ImageSet, Preprocessing, open_data
-from training.errors import DataError
-from training.inputs import measure
-from training.readers import FileReader, MemoryReader
+from convoy.training.augment import ImageAugmentation
+from convoy.training.data import ImageFiles, ImageSet, Preprocessing, open_data
+from convoy.training.errors import DataError
+from convoy.training.normalization import measure
+from convoy.training.readers import FileReader, MemoryReader
+from convoy.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 STEPS = Preprocessing(16, 16)
@@ -49,7 +51,7 @@ def test_a_set_is_streamed_only_when_it_is_large(
 ) -> None:
     spec, cache = f"imagefolder:{image_folder}", image_folder / "cache"
     assert isinstance(open_data(spec, STEPS, cache=cache).train, ImageSet)
-    monkeypatch.setattr("training.data.STREAM_OVER_BYTES", 40 * 16 * 16 * 3 - 1)
+    monkeypatch.setattr("convoy.training.data.STREAM_OVER_BYTES", 40 * 16 * 16 * 3 - 1)
     assert isinstance(open_data(spec, STEPS, cache=cache).train, ImageFiles)
     assert isinstance(open_data("digits", STEPS, stream=True).train, ImageSet)
 
@@ -93,3 +95,37 @@ def test_a_full_disk_under_the_cache_is_a_warning(
     assert len(data.train) == 36
     assert "cannot cache" in caplog.text
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_goes_bad_is_one_line_or_counted(
+    workers: int, image_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, files = open_both(image_folder)
+    bad = files.listing.paths[3]
+    bad.write_bytes(b"no picture")
+    reader = FileReader(files, CPU, workers)
+    with pytest.raises(DataError) as caught:
+        list(reader.read(BATCHES))
+    assert "\n" not in str(caught.value)
+    assert f"train, class 'bright': {bad}" in str(caught.value)
+    skipping = FileReader(files, CPU, workers, skip_bad=True)
+    for _ in range(2):
+        pixels = list(skipping.read(BATCHES))
+        # The next image of the class stands in.
+        assert torch.equal(pixels[0][0], torch.from_numpy(files.read([4])[0]))
+    assert caplog.text.count("replaced an unreadable image by another of its class, 1 so far") == 1
+
+
+def test_augmented_images_come_from_memory_and_from_files(image_folder: Path) -> None:
+    memory, files = open_both(image_folder)
+    recipe = Recipe(image_size=16, color_jitter=0.5)
+    augmentation = ImageAugmentation(recipe, STEPS)
+    held, streamed = (
+        FileReader(images, CPU, 0, augmentation=augmentation) for images in (memory, files)
+    )
+    first, second = (list(streamed.read(BATCHES, epoch)) for epoch in (0, 1))
+    assert not torch.equal(first[0], second[0])
+    assert all(map(torch.equal, first, held.read(BATCHES, 0)))
+    plain = list(streamed.read(BATCHES))
+    assert all(map(torch.equal, plain, MemoryReader(memory, CPU).read(BATCHES)))

@@ -4,14 +4,17 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import OneCycleLR
 
-from training import recipe as recipes
-from training.errors import RecipeError
-from training.recipe import Recipe
-from training.schedules import rate_factor, size_px
+from convoy.training import recipe as recipes
+from convoy.training.errors import RecipeError
+from convoy.training.recipe import Recipe
+from convoy.training.schedules import rate_factor, size_px
 
 
 def test_the_package_ships_the_recipes() -> None:
-    assert recipes.names() == ("digits", "fast", "finetune", "lecture", "lecture-resnet")
+    assert recipes.names() == (
+        *("digits", "fast", "finetune", "finetune-strong"),
+        *("lecture", "lecture-resnet", "scratch-224"),
+    )
     for name in recipes.names():
         recipes.load_recipe(name)
 
@@ -36,7 +39,7 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"colour": 1}, "unknown setting 'colour'"),
+        ({"color": 1}, "unknown setting 'color'"),
         ({"epochs": 2.5}, "epochs: expected int, got 2.5"),
         ({"epochs": True}, "epochs: expected int"),
         ({"lr": "fast"}, "lr: expected a number"),
@@ -49,11 +52,27 @@ def test_flags_override_a_file(tmp_path: Path) -> None:
         ({"start_px": 0}, "start_px: expected more than 0"),
         ({"start_px": 33, "growth_share": 0.5}, "start_px: expected at most image_size, got 33"),
         ({"growth_share": 1.0}, "0 <= x < 1"),
+        ({"valid_share": 0.0}, "valid_share: expected 0 < x < 1, got 0.0"),
+        ({"resize_shorter_px": 31}, "resize_shorter_px: expected 0 or at least image_size"),
+        ({"antialias": False, "interpolation": "bicubic"}, "antialias: false is for"),
+        ({"decode": "fast"}, "decode: expected one of exact, scaled"),
+        ({"decode": "scaled", "antialias": False}, "antialias: expected true with decode scaled"),
+        ({"crop_scale": [0.5, 0.2]}, "crop_scale: expected two shares"),
+        ({"layer_decay": 1.5}, "layer_decay: expected 0 < x <= 1"),
+        ({"accumulate": 0}, "accumulate: expected more than 0"),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipes.make_recipe(settings)
+
+
+def test_another_image_size_brings_the_shorter_side_along(tmp_path: Path) -> None:
+    larger = recipes.load_recipe("finetune", {"image_size": 384})
+    assert (larger.image_size, larger.resize_shorter_px) == (384, 439)
+    own = recipes.load_recipe("finetune", {"image_size": 384, "resize_shorter_px": 400})
+    assert own.resize_shorter_px == 400
+    assert recipes.load_recipe("fast", {"image_size": 64}).resize_shorter_px == 0
 
 
 def test_broken_toml_is_named(tmp_path: Path) -> None:
@@ -112,7 +131,7 @@ def test_images_grow_by_four_pixels_and_end_whole() -> None:
     assert size_px(Recipe(start_px=32, growth_share=0.5), 0) == 32
 
 
-def test_the_cosine_lies_over_the_line_first_and_under_it_later() -> None:
+def test_the_cosine_is_above_the_line_first_and_below_it_later() -> None:
     line, curve = (Recipe(schedule=name) for name in ("triangular", "cosine"))  # type: ignore[arg-type]
     assert rate_factor(curve, 0.25) > rate_factor(line, 0.25)
     assert rate_factor(curve, 0.75) < rate_factor(line, 0.75)

@@ -1,4 +1,4 @@
-"""The load generator against real gRPC servers that stall, refuse, block and die."""
+"""The load generator against real gRPC servers that stall, reject, block and die."""
 
 import os
 import signal
@@ -10,21 +10,20 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from clients import InvalidRequestError, UnavailableError
-from clients.bench import BenchError
-from clients.bench.arrivals import Constant, Poisson, Trace
-from clients.bench.generator import LoadGenerator
-from clients.bench.latencies import Latencies
-from clients.bench.payload import CLASSIFY, Payload
-from clients.bench.plan import ClosedLoop, OpenLoop, Plan
-from clients.bench.worker import Target
-from clients.connection import Connection, ConnectionOptions
+from convoy.client import InvalidRequestError, UnavailableError
+from convoy.client.bench import BenchError
+from convoy.client.bench.generator import LoadGenerator
+from convoy.client.bench.latencies import Latencies
+from convoy.client.bench.payload import CLASSIFY, Payload
+from convoy.client.bench.plan import ClosedLoop, Constant, OpenLoop, Plan, Poisson, Trace
+from convoy.client.bench.worker import Target
+from convoy.client.connection import Connection, ConnectionOptions
 from convoy.v1 import classifier_pb2 as pb
-from tests.clients.conftest import ANSWER, answer, refuse_first, scripted_server
+from tests.clients.conftest import ANSWER, answer, reject_first, scripted_server
 
 # They measure by the real clock: a machine that stalls for a moment fails one of them once, a fault
 # in the generator each time.
-pytestmark = pytest.mark.flaky(reruns=2)
+pytestmark = [pytest.mark.alone, pytest.mark.flaky(reruns=2)]
 
 REQUEST = pb.ClassifyRequest(model="m", encoded=b"x").SerializeToString()
 STALL_S = 1.0
@@ -45,7 +44,7 @@ def generator_for(handler, processes=1, connections=1):
 
 
 class StallOnce:
-    """Answers at once, but for one call that holds up all others."""
+    """Answers at once, except for one call that blocks all others."""
 
     def __init__(self):
         self.at = -1
@@ -58,14 +57,14 @@ class StallOnce:
         return ANSWER
 
 
-def test_a_stall_of_the_server_shows_in_an_open_loop_and_hides_in_a_closed_one():
+def test_a_stall_of_the_server_shows_in_an_open_loop_but_not_in_a_closed_one():
     stall = StallOnce()
     with generator_for(stall) as (server, generator):
         stall.at = server.calls + 50
         opened = generator.run(Plan(OpenLoop(Constant(100)), 0, 3.0, slo_s=STALL_S / 4))
         stall.at = server.calls + 50
         closed = generator.run(Plan(ClosedLoop(1), 0, 3.0, slo_s=STALL_S / 4))
-    # 100 of 300 requests were due while the server stood still: half of them waited half of that.
+    # 100 of 300 requests were due while the server stalled: half of them waited half of that.
     assert opened.offered == 300
     assert opened.latency.percentile_s(90) > 0.6 * STALL_S
     assert opened.latency.max_s >= STALL_S
@@ -76,7 +75,7 @@ def test_a_stall_of_the_server_shows_in_an_open_loop_and_hides_in_a_closed_one()
     assert closed.offered - closed.good < closed.offered / 100
 
 
-def test_a_stall_of_the_client_shows_too_and_is_said():
+def test_a_stall_of_the_client_shows_and_is_reported():
     with generator_for(answer) as (_, generator):
         (pid,) = generator.worker_pids
 
@@ -125,20 +124,20 @@ def test_poisson_arrivals_and_a_trace_are_offered_whole():
         assert (run.offered, run.latency.count) == (3, 3)
 
 
-def test_refusals_are_counted_and_never_retried():
-    refused = refuse_first(10_000, grpc.StatusCode.RESOURCE_EXHAUSTED)
-    with generator_for(lambda *call: refused(*call) if call[2] else ANSWER) as (server, generator):
+def test_rejections_are_counted_and_never_retried():
+    rejected = reject_first(10_000, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    with generator_for(lambda *call: rejected(*call) if call[2] else ANSWER) as (server, generator):
         before = server.calls
         run = generator.run(Plan(OpenLoop(Constant(100)), 0, 1.0, slo_s=1))
         assert run.errors == {"RESOURCE_EXHAUSTED": 100}
         assert server.calls - before == run.offered == 100
         assert (run.good, run.throughput_per_s, run.holds(1)) == (0, 0, False)
         run = generator.run(Plan(ClosedLoop(2), 0, 0.5))
-        # A refused place rests, so that refusals do not set off a storm.
+        # A caller pauses after a rejection, so that rejections cause no storm of retries.
         assert 0 < run.errors["RESOURCE_EXHAUSTED"] <= 2 * 0.5 / 0.01 + 2
 
 
-def test_passed_deadlines_and_requests_that_were_given_up_are_errors():
+def test_missed_deadlines_and_abandoned_requests_are_errors():
     gate = threading.Event()
 
     def handle(request, context, earlier):
@@ -155,7 +154,7 @@ def test_passed_deadlines_and_requests_that_were_given_up_are_errors():
     assert run.good == 0
 
 
-def test_a_closed_loop_keeps_so_many_under_way():
+def test_a_closed_loop_keeps_its_requests_in_flight():
     most, now, guard = 0, 0, threading.Lock()
 
     def handle(request, context, earlier):
@@ -176,16 +175,16 @@ def test_a_closed_loop_keeps_so_many_under_way():
     assert run.latency.percentile_s(50) >= 0.02
 
 
-def test_one_place_for_two_processes_is_one_request_under_way():
+def test_one_slot_for_two_processes_is_one_request_in_flight():
     with generator_for(answer, processes=2) as (_, generator):
         run = generator.run(Plan(ClosedLoop(1), 0, 0.5))
     assert min(run.cores) < max(run.cores)
     assert run.latency.count > 0
 
 
-def test_what_the_server_never_answers_is_said_before_the_run():
+def test_a_request_that_always_fails_is_reported_before_the_run():
     with (
-        scripted_server(refuse_first(99, grpc.StatusCode.INVALID_ARGUMENT)) as server,
+        scripted_server(reject_first(99, grpc.StatusCode.INVALID_ARGUMENT)) as server,
         pytest.raises(InvalidRequestError, match="not now"),
         LoadGenerator(target(server), 1),
     ):
@@ -201,11 +200,11 @@ def test_a_worker_that_dies_is_an_error():
             generator.run(Plan(ClosedLoop(1), 0, 0.5))
 
 
-def test_a_client_that_may_be_the_limit_is_said():
+def test_a_client_that_may_be_the_bottleneck_is_reported():
     with generator_for(answer) as (_, generator):
         run = generator.run(Plan(ClosedLoop(1), 0, 0.2))
     assert replace(run, cores=(0.4, 0.5)).client_limits() == []
     (limit,) = replace(run, cores=(0.4, 0.95)).client_limits()
-    assert "0.95 of a processor" in limit
+    assert "95% of a processor" in limit
     late = replace(run, cores=(0.1,), lag=Latencies.of([0.2]), latency=Latencies.of([0.5]))
     assert "ms late" in late.client_limits()[0]

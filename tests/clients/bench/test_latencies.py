@@ -1,4 +1,4 @@
-"""Histograms that merge."""
+"""Latency histograms."""
 
 import pickle
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hdrh.histogram import HdrHistogram
 
-from clients.bench.latencies import PERCENTILES, Latencies
+from convoy.client.bench.latencies import PERCENTILES, Latencies
 
 
 def test_percentiles_are_those_of_the_values_to_three_digits():
@@ -36,14 +36,27 @@ def test_the_encoding_is_hdrhistograms_own():
     assert histogram.get_value_at_percentile(50) == 2000
 
 
-def test_what_is_out_of_range_counts_as_the_ranges_end():
+def test_a_value_out_of_range_counts_as_the_end_of_the_range():
     latencies = Latencies.of([-1.0, 1e9])
     assert latencies.count == 2
     assert latencies.percentile_s(50) == 1e-6
     assert latencies.max_s == pytest.approx(3600, rel=0.002)
 
 
-def test_of_nothing_everything_is_zero():
+def test_an_empty_histogram_is_all_zero():
     nothing = Latencies.of([])
     assert (nothing.count, nothing.mean_s, nothing.max_s) == (0, 0, 0)
-    assert set(nothing.percentiles_s().values()) == {0}
+    assert set(nothing.percentiles_s().values()) == {None}
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(9, 0), (10, 1), (100, 4), (500, 5), (2000, 5), (5000, 6), (49_000, 6), (50_000, 7)],
+)
+def test_percentiles_of_few_samples_are_left_out(count, shown):
+    latencies = Latencies.of([0.001] * count)
+    found = [percentile for percentile in PERCENTILES if latencies.supports(percentile)]
+    assert found == list(PERCENTILES[:shown])
+    assert [s is None for s in latencies.percentiles_s().values()] == [False] * shown + [True] * (
+        len(PERCENTILES) - shown
+    )

@@ -1,4 +1,4 @@
-"""What a load generator sends."""
+"""The payloads of the load generator."""
 
 from types import SimpleNamespace
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clients import ModelStatus
-from clients.bench import BenchError
-from clients.bench.payload import (
+from convoy.client import ModelStatus
+from convoy.client.bench import BenchError
+from convoy.client.bench.payload import (
     INFER,
     TensorSpec,
     choose_input,
@@ -82,7 +82,7 @@ def test_files_become_tensors(image, tmp_path):
     assert second.raw_input_contents[0] == rows[::-1].tobytes()
 
 
-def test_files_that_do_not_fit_are_refused(image, tmp_path):
+def test_files_that_do_not_fit_are_rejected(image, tmp_path):
     wrong = tmp_path / "wrong.npy"
     np.save(wrong, np.zeros((3, 3)))
     with pytest.raises(BenchError, match=r"expected float32 \[3\] for 'x', got float64 \[3, 3\]"):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import OverloadedError
-from server.frontends.arena import Arena
+from convoy.server.errors import OverloadedError
+from convoy.server.frontends.ipc import Arena
 
 SIZE_BYTES = 1 << 20
 PAGE_BYTES = 4096
@@ -40,7 +40,7 @@ def test_what_is_placed_stays_as_it_is_until_it_is_freed(steps):
     assert arena.place(pixels(SIZE_BYTES, 1)) == 0
 
 
-def test_a_full_memory_refuses_and_says_how_much_it_had_no_room_for():
+def test_a_full_arena_rejects_and_names_the_size():
     arena = Arena(mmap.mmap(-1, 4 * PAGE_BYTES))
     offsets = [arena.place(pixels(PAGE_BYTES, 0)) for _ in range(4)]
     assert sorted(offsets) == [0, PAGE_BYTES, 2 * PAGE_BYTES, 3 * PAGE_BYTES]

@@ -1,12 +1,12 @@
-"""The numbers of several processes as one."""
+"""The metrics of several processes as one."""
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.frontends.metrics import MergedRegistry, samples_of
-from server.metrics import ServerMetrics
-from server.requests import Outcome
+from convoy.server.frontends.merged_metrics import MergedRegistry, samples_of
+from convoy.server.metrics.requests import ServerMetrics
+from convoy.server.requests import Outcome
 
 
 def registry_with(ok: int, version: int = 1) -> CollectorRegistry:
@@ -58,7 +58,27 @@ def test_nothing_falls_when_a_process_ends_and_another_starts(merged):
     assert shown(merged, "convoy_outcomes_total") == [1111]
 
 
-def test_of_a_version_that_is_gone_nothing_is_kept_for_ended_processes(merged):
+def process_registry(open_calls: int) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    ServerMetrics(registry).calls.open["grpc"] = open_calls
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def test_what_an_ended_process_held_is_gone_and_its_processor_time_is_not():
+    merged = MergedRegistry(process_registry(open_calls=1))
+    (own_s,) = shown(merged, "process_cpu_seconds_total")
+    (started_at,) = shown(merged, "process_start_time_seconds")
+    merged.update(7, samples_of(process_registry(open_calls=10)))
+    assert shown(merged, "convoy_open_calls", protocol="grpc") == [11]
+    assert shown(merged, "process_cpu_seconds_total")[0] >= 2 * own_s
+    assert shown(merged, "process_start_time_seconds") == [started_at]
+    merged.ended(7)
+    assert shown(merged, "convoy_open_calls", protocol="grpc") == [1]
+    assert shown(merged, "process_cpu_seconds_total")[0] >= 2 * own_s
+
+
+def test_nothing_is_kept_of_an_unloaded_version_for_ended_processes(merged):
     merged.ended(8)
     merged.forget("digits", 1)
     assert shown(merged, "convoy_outcomes_total") == [11]

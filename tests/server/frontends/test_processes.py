@@ -1,9 +1,11 @@
 """Front ends as processes: they die, hold versions, and end with their owner."""
 
 import asyncio
+import json
 import os
 import signal
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -36,11 +38,27 @@ def runs(pid: int) -> bool:
 
 def counted(server: ServerProcess, reason: str = "ok") -> float:
     """Requests that ended so, as /metrics shows them."""
-    with urllib.request.urlopen(f"{server.http}/metrics") as reply:
+    with urllib.request.urlopen(f"{server.metrics}/metrics") as reply:
         lines = reply.read().decode().splitlines()
-    start = f'convoy_outcomes_total{{model="colours",reason="{reason}",'
+    start = f'convoy_outcomes_total{{model="colors",reason="{reason}",'
     found = [line for line in lines if line.startswith(start)]
     return sum(float(line.split()[-1]) for line in found)
+
+
+def shown(server: ServerProcess) -> dict:
+    """What the page of one of the front ends shows."""
+    with urllib.request.urlopen(f"{server.url}/ui/state?model=colors") as reply:
+        return json.load(reply)
+
+
+def example(server: ServerProcess, number: int) -> str | int:
+    """The type of a golden sample that the page offers, or the status where there is none."""
+    path = f"/ui/models/colors/versions/1/examples/{number}"
+    try:
+        with urllib.request.urlopen(server.url + path) as reply:
+            return reply.headers["Content-Type"]
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 async def until_counted(server: ServerProcess, requests: float) -> None:
@@ -64,6 +82,11 @@ async def test_a_front_end_that_is_killed_is_replaced_and_no_count_falls(publish
             await traffic.answers(100)
             await until_counted(server, seen + 100)
         assert not before & front_ends_of(server)
+        # The pages of those in their place know what was before them, and the examples.
+        while not all(shown(server)["traffic"]["window"]["answered"] > 100 for _ in range(8)):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        assert [model["examples"] for model in shown(server)["models"]] == [8]
+        assert (example(server, 7), example(server, 8)) == ("image/png", 404)
         assert server.stop() == 0
     # The requests that the dead had in hand, and those that found nobody for a moment.
     assert set(traffic.tally.codes) <= {"OK", "UNAVAILABLE"}
@@ -73,7 +96,8 @@ async def test_a_front_end_that_is_killed_is_replaced_and_no_count_falls(publish
 async def test_cancelled_requests_leave_the_memory_free(publish):
     """More are placed and given up than the memory has room for."""
     flags = (*FLAGS, "--max-queue-delay-ms", "600000", "--max-batch-size", "64")
-    flags += ("--max-queue-mb", "0.1", "--max-message-mb", "0.1", "--max-request-images", "64")
+    flags += ("--max-queue-mib", "0.1", "--max-message-mib", "0.1", "--max-request-images", "64")
+    flags += ("--max-buffered-mib", "0.5")
     blocks = 512 // 4  # KiB
     request = request_for(np.zeros((32, HEIGHT, WIDTH, 3), np.uint8))
     with running_server(publish().parent.parent, *flags) as server:
@@ -119,7 +143,7 @@ def test_a_signal_to_the_whole_group_drains_as_one_to_the_owner(publish):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--front-ends", "2", "--transport", "grpcio"), "expected --transport native"),
+        (("--front-ends", "2", "--transport", "grpcio"), "expected also --transport h2corn"),
         (("--front-ends", "2", "--port", "{taken}"), "the port is in use"),
     ],
 )
@@ -130,7 +154,7 @@ def test_what_cannot_be_is_said_at_the_start(publish, flags, message):
         flags = [flag.format(taken=taken) for flag in flags]
         if "--port" not in flags:
             flags += ["--port", "0"]
-        result = run_module("server", "--repository", models, "--http-port", "0", *flags)
+        result = run_module("convoy.server", "--repository", models, "--metrics-port", "0", *flags)
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1

@@ -7,13 +7,12 @@ import weakref
 
 import numpy as np
 
-from server.errors import DeadlineExceededError
-from server.frontends.arena import Arena
-from server.frontends.messages import Infer, Refused
-from server.frontends.remote import RemoteRequests
+from convoy.server.errors import DeadlineExceededError
+from convoy.server.frontends.ipc import Arena, Infer, InferFailed
+from convoy.server.frontends.served import RemoteRequests
 
 
-async def test_a_refused_request_leaves_nothing_to_the_garbage_collector():
+async def test_a_rejected_request_leaves_nothing_to_the_garbage_collector():
     sent: list[object] = []
     requests = RemoteRequests(sent.append, Arena(mmap.mmap(-1, 1 << 20)))
     images = np.zeros((1, 2, 2, 3), np.uint8)
@@ -24,7 +23,7 @@ async def test_a_refused_request_leaves_nothing_to_the_garbage_collector():
     assert isinstance(asked, Infer)
     gc.disable()
     try:
-        requests.answered(Refused(asked.number, DeadlineExceededError("late")))
+        requests.answered(InferFailed(asked.number, DeadlineExceededError("late")))
         await asyncio.wait([call])
         assert isinstance(call.exception(), DeadlineExceededError)
         del images, call

@@ -89,7 +89,7 @@ class ClassifierServiceServicer(object):
 
     def ClassifyStream(self, request_iterator, context):
         """Classifies images as they come. A reply is sent when it is ready, so out of order; its id tells
-        whose it is. A request that fails is answered with an error and the stream goes on.
+        whose it is. A request that fails is answered with an error and the stream continues.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

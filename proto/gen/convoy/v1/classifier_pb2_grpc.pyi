@@ -149,7 +149,7 @@ class ClassifierServiceStub(typing.Generic[_ClassifierServiceClassifyType, _Clas
 
     ClassifyStream: _ClassifierServiceClassifyStreamType
     """Classifies images as they come. A reply is sent when it is ready, so out of order; its id tells
-    whose it is. A request that fails is answered with an error and the stream goes on.
+    whose it is. A request that fails is answered with an error and the stream continues.
     """
 
     ListModels: _ClassifierServiceListModelsType
@@ -207,7 +207,7 @@ class ClassifierServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[convoy.v1.classifier_pb2.ClassifyStreamResponse], collections.abc.AsyncIterator[convoy.v1.classifier_pb2.ClassifyStreamResponse]]:
         """Classifies images as they come. A reply is sent when it is ready, so out of order; its id tells
-        whose it is. A request that fails is answered with an error and the stream goes on.
+        whose it is. A request that fails is answered with an error and the stream continues.
         """
 
     @abc.abstractmethod

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63onvoy/v1/model_manifest.proto\x12\tconvoy.v1\"\x90\x04\n\rModelManifest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x12\n\ncreated_at\x18\x04 \x01(\t\x12\x10\n\x08producer\x18\x05 \x01(\t\x12$\n\x05input\x18\x06 \x01(\x0b\x32\x15.convoy.v1.TensorSpec\x12&\n\x07outputs\x18\x07 \x03(\x0b\x32\x15.convoy.v1.TensorSpec\x12\x0e\n\x06labels\x18\x08 \x03(\t\x12\x34\n\rpreprocessing\x18\t \x01(\x0b\x32\x1d.convoy.v1.ImagePreprocessing\x12/\n\rnormalization\x18\n \x01(\x0b\x32\x18.convoy.v1.Normalization\x12\x13\n\x0btemperature\x18\x0b \x01(\x01\x12&\n\tartefacts\x18\x0c \x03(\x0b\x32\x13.convoy.v1.Artefact\x12)\n\x07samples\x18\r \x01(\x0b\x32\x18.convoy.v1.GoldenSamples\x12)\n\nprovenance\x18\x0e \x01(\x0b\x32\x15.convoy.v1.Provenance\x12$\n\x06report\x18\x0f \x01(\x0b\x32\x0f.convoy.v1.FileH\x00\x88\x01\x01\x12\x19\n\x11\x61\x62stain_threshold\x18\x10 \x01(\x01\x42\t\n\x07_report\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x05\"\x85\x01\n\x12ImagePreprocessing\x12\x11\n\theight_px\x18\x01 \x01(\r\x12\x10\n\x08width_px\x18\x02 \x01(\r\x12\x19\n\x11resize_shorter_px\x18\x03 \x01(\r\x12/\n\rinterpolation\x18\x04 \x01(\x0e\x32\x18.convoy.v1.Interpolation\"*\n\rNormalization\x12\x0c\n\x04mean\x18\x01 \x03(\x01\x12\x0b\n\x03std\x18\x02 \x03(\x01\"\xcc\x01\n\x08\x41rtefact\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.convoy.v1.ArtefactFormat\x12\x1d\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x0f.convoy.v1.File\x12!\n\x06parity\x18\x03 \x01(\x0b\x32\x11.convoy.v1.Parity\x12\'\n\tprecision\x18\x04 \x01(\x0e\x32\x14.convoy.v1.Precision\x12*\n\tlatencies\x18\x05 \x03(\x0b\x32\x17.convoy.v1.BatchLatency\"4\n\x0c\x42\x61tchLatency\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x10\n\x08median_s\x18\x02 \x01(\x01\"8\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x90\x02\n\x06Parity\x12\x0f\n\x07samples\x18\x01 \x01(\r\x12\x13\n\x0b\x62\x61tch_sizes\x18\x02 \x03(\r\x12\x1c\n\x14max_logit_difference\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x18\n\x10\x61rgmax_agreement\x18\x05 \x01(\x01\x12\x1f\n\x12reference_accuracy\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1d\n\x15logit_difference_p999\x18\x08 \x01(\x01\x12\x1a\n\x12validation_samples\x18\t \x01(\rB\x15\n\x13_reference_accuracyB\x0b\n\t_accuracy\"=\n\rGoldenSamples\x12\x1d\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x0f.convoy.v1.File\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\x83\x02\n\nProvenance\x12\x19\n\x11\x63heckpoint_sha256\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12#\n\x1b\x61rchitecture_arguments_json\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\t\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\x35\n\x08\x61\x63\x63uracy\x18\x06 \x03(\x0b\x32#.convoy.v1.Provenance.AccuracyEntry\x12\x15\n\rmultiply_adds\x18\x07 \x01(\x04\x1a/\n\rAccuracyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"J\n\rServingPolicy\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x10\n\x08previous\x18\x03 \x03(\r*e\n\rInterpolation\x12\x1d\n\x19INTERPOLATION_UNSPECIFIED\x10\x00\x12\x1a\n\x16INTERPOLATION_BILINEAR\x10\x01\x12\x19\n\x15INTERPOLATION_BICUBIC\x10\x02*\xb4\x01\n\x0e\x41rtefactFormat\x12\x1f\n\x1b\x41RTEFACT_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41RTEFACT_FORMAT_ONNX\x10\x01\x12\x1f\n\x1b\x41RTEFACT_FORMAT_TORCHSCRIPT\x10\x02\x12$\n ARTEFACT_FORMAT_EXPORTED_PROGRAM\x10\x03\x12 \n\x1c\x41RTEFACT_FORMAT_AOT_INDUCTOR\x10\x04*v\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_FP16\x10\x02\x12\x12\n\x0ePRECISION_BF16\x10\x03\x12\x12\n\x0ePRECISION_INT8\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x63onvoy/v1/model_manifest.proto\x12\tconvoy.v1\"\xbb\x04\n\rModelManifest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x12\n\ncreated_at\x18\x04 \x01(\t\x12\x10\n\x08producer\x18\x05 \x01(\t\x12$\n\x05input\x18\x06 \x01(\x0b\x32\x15.convoy.v1.TensorSpec\x12&\n\x07outputs\x18\x07 \x03(\x0b\x32\x15.convoy.v1.TensorSpec\x12\x0e\n\x06labels\x18\x08 \x03(\t\x12\x34\n\rpreprocessing\x18\t \x01(\x0b\x32\x1d.convoy.v1.ImagePreprocessing\x12/\n\rnormalization\x18\n \x01(\x0b\x32\x18.convoy.v1.Normalization\x12\x13\n\x0btemperature\x18\x0b \x01(\x01\x12&\n\tartefacts\x18\x0c \x03(\x0b\x32\x13.convoy.v1.Artefact\x12)\n\x07samples\x18\r \x01(\x0b\x32\x18.convoy.v1.GoldenSamples\x12)\n\nprovenance\x18\x0e \x01(\x0b\x32\x15.convoy.v1.Provenance\x12$\n\x06report\x18\x0f \x01(\x0b\x32\x0f.convoy.v1.FileH\x00\x88\x01\x01\x12\x19\n\x11\x61\x62stain_threshold\x18\x10 \x01(\x01\x12)\n\nactivation\x18\x11 \x01(\x0e\x32\x15.convoy.v1.ActivationB\t\n\x07_report\";\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x64\x61tatype\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x05\"\xc7\x01\n\x12ImagePreprocessing\x12\x11\n\theight_px\x18\x01 \x01(\r\x12\x10\n\x08width_px\x18\x02 \x01(\r\x12\x19\n\x11resize_shorter_px\x18\x03 \x01(\r\x12/\n\rinterpolation\x18\x04 \x01(\x0e\x32\x18.convoy.v1.Interpolation\x12\x19\n\x11without_antialias\x18\x05 \x01(\x08\x12%\n\x08\x64\x65\x63oding\x18\x06 \x01(\x0e\x32\x13.convoy.v1.Decoding\"*\n\rNormalization\x12\x0c\n\x04mean\x18\x01 \x03(\x01\x12\x0b\n\x03std\x18\x02 \x03(\x01\"\x8b\x02\n\x08\x41rtefact\x12)\n\x06\x66ormat\x18\x01 \x01(\x0e\x32\x19.convoy.v1.ArtefactFormat\x12\x1d\n\x04\x66ile\x18\x02 \x01(\x0b\x32\x0f.convoy.v1.File\x12!\n\x06parity\x18\x03 \x01(\x0b\x32\x11.convoy.v1.Parity\x12\'\n\tprecision\x18\x04 \x01(\x0e\x32\x14.convoy.v1.Precision\x12*\n\tlatencies\x18\x05 \x03(\x0b\x32\x17.convoy.v1.BatchLatency\x12\x30\n\x08openvino\x18\x06 \x01(\x0b\x32\x19.convoy.v1.RuntimeVerdictH\x00\x88\x01\x01\x42\x0b\n\t_openvino\"e\n\x0eRuntimeVerdict\x12\x0f\n\x07runtime\x18\x01 \x01(\t\x12&\n\x06parity\x18\x02 \x01(\x0b\x32\x11.convoy.v1.ParityH\x00\x88\x01\x01\x12\x0f\n\x07\x66\x61ilure\x18\x03 \x01(\tB\t\n\x07_parity\"4\n\x0c\x42\x61tchLatency\x12\x12\n\nbatch_size\x18\x01 \x01(\r\x12\x10\n\x08median_s\x18\x02 \x01(\x01\"8\n\x04\x46ile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x90\x02\n\x06Parity\x12\x0f\n\x07samples\x18\x01 \x01(\r\x12\x13\n\x0b\x62\x61tch_sizes\x18\x02 \x03(\r\x12\x1c\n\x14max_logit_difference\x18\x03 \x01(\x01\x12\x11\n\ttolerance\x18\x04 \x01(\x01\x12\x18\n\x10\x61rgmax_agreement\x18\x05 \x01(\x01\x12\x1f\n\x12reference_accuracy\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x15\n\x08\x61\x63\x63uracy\x18\x07 \x01(\x01H\x01\x88\x01\x01\x12\x1d\n\x15logit_difference_p999\x18\x08 \x01(\x01\x12\x1a\n\x12validation_samples\x18\t \x01(\rB\x15\n\x13_reference_accuracyB\x0b\n\t_accuracy\"=\n\rGoldenSamples\x12\x1d\n\x04\x66ile\x18\x01 \x01(\x0b\x32\x0f.convoy.v1.File\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"\x83\x02\n\nProvenance\x12\x19\n\x11\x63heckpoint_sha256\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12#\n\x1b\x61rchitecture_arguments_json\x18\x03 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\t\x12\x12\n\nparameters\x18\x05 \x01(\x04\x12\x35\n\x08\x61\x63\x63uracy\x18\x06 \x03(\x0b\x32#.convoy.v1.Provenance.AccuracyEntry\x12\x15\n\rmultiply_adds\x18\x07 \x01(\x04\x1a/\n\rAccuracyEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"J\n\rServingPolicy\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x10\n\x08previous\x18\x03 \x03(\r\"w\n\x0c\x43\x61naryRecord\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x17\n\x0fmanifest_sha256\x18\x02 \x01(\t\x12\x0f\n\x07verdict\x18\x03 \x01(\t\x12\x12\n\ndecided_at\x18\x04 \x01(\t\x12\x11\n\tsignature\x18\x05 \x01(\x0c*X\n\nActivation\x12\x1a\n\x16\x41\x43TIVATION_UNSPECIFIED\x10\x00\x12\x16\n\x12\x41\x43TIVATION_SOFTMAX\x10\x01\x12\x16\n\x12\x41\x43TIVATION_SIGMOID\x10\x02*9\n\x08\x44\x65\x63oding\x12\x18\n\x14\x44\x45\x43ODING_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x45\x43ODING_SCALED\x10\x01*e\n\rInterpolation\x12\x1d\n\x19INTERPOLATION_UNSPECIFIED\x10\x00\x12\x1a\n\x16INTERPOLATION_BILINEAR\x10\x01\x12\x19\n\x15INTERPOLATION_BICUBIC\x10\x02*\xb4\x01\n\x0e\x41rtefactFormat\x12\x1f\n\x1b\x41RTEFACT_FORMAT_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41RTEFACT_FORMAT_ONNX\x10\x01\x12\x1f\n\x1b\x41RTEFACT_FORMAT_TORCHSCRIPT\x10\x02\x12$\n ARTEFACT_FORMAT_EXPORTED_PROGRAM\x10\x03\x12 \n\x1c\x41RTEFACT_FORMAT_AOT_INDUCTOR\x10\x04*\x8a\x01\n\tPrecision\x12\x19\n\x15PRECISION_UNSPECIFIED\x10\x00\x12\x12\n\x0ePRECISION_FP32\x10\x01\x12\x12\n\x0ePRECISION_FP16\x10\x02\x12\x12\n\x0ePRECISION_BF16\x10\x03\x12\x12\n\x0ePRECISION_INT8\x10\x04\x12\x12\n\x0ePRECISION_TF32\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROVENANCE_ACCURACYENTRY']._loaded_options = None
   _globals['_PROVENANCE_ACCURACYENTRY']._serialized_options = b'8\001'
-  _globals['_INTERPOLATION']._serialized_start=1812
-  _globals['_INTERPOLATION']._serialized_end=1913
-  _globals['_ARTEFACTFORMAT']._serialized_start=1916
-  _globals['_ARTEFACTFORMAT']._serialized_end=2096
-  _globals['_PRECISION']._serialized_start=2098
-  _globals['_PRECISION']._serialized_end=2216
+  _globals['_ACTIVATION']._serialized_start=2208
+  _globals['_ACTIVATION']._serialized_end=2296
+  _globals['_DECODING']._serialized_start=2298
+  _globals['_DECODING']._serialized_end=2355
+  _globals['_INTERPOLATION']._serialized_start=2357
+  _globals['_INTERPOLATION']._serialized_end=2458
+  _globals['_ARTEFACTFORMAT']._serialized_start=2461
+  _globals['_ARTEFACTFORMAT']._serialized_end=2641
+  _globals['_PRECISION']._serialized_start=2644
+  _globals['_PRECISION']._serialized_end=2782
   _globals['_MODELMANIFEST']._serialized_start=46
-  _globals['_MODELMANIFEST']._serialized_end=574
-  _globals['_TENSORSPEC']._serialized_start=576
-  _globals['_TENSORSPEC']._serialized_end=635
-  _globals['_IMAGEPREPROCESSING']._serialized_start=638
-  _globals['_IMAGEPREPROCESSING']._serialized_end=771
-  _globals['_NORMALIZATION']._serialized_start=773
-  _globals['_NORMALIZATION']._serialized_end=815
-  _globals['_ARTEFACT']._serialized_start=818
-  _globals['_ARTEFACT']._serialized_end=1022
-  _globals['_BATCHLATENCY']._serialized_start=1024
-  _globals['_BATCHLATENCY']._serialized_end=1076
-  _globals['_FILE']._serialized_start=1078
-  _globals['_FILE']._serialized_end=1134
-  _globals['_PARITY']._serialized_start=1137
-  _globals['_PARITY']._serialized_end=1409
-  _globals['_GOLDENSAMPLES']._serialized_start=1411
-  _globals['_GOLDENSAMPLES']._serialized_end=1472
-  _globals['_PROVENANCE']._serialized_start=1475
-  _globals['_PROVENANCE']._serialized_end=1734
-  _globals['_PROVENANCE_ACCURACYENTRY']._serialized_start=1687
-  _globals['_PROVENANCE_ACCURACYENTRY']._serialized_end=1734
-  _globals['_SERVINGPOLICY']._serialized_start=1736
-  _globals['_SERVINGPOLICY']._serialized_end=1810
+  _globals['_MODELMANIFEST']._serialized_end=617
+  _globals['_TENSORSPEC']._serialized_start=619
+  _globals['_TENSORSPEC']._serialized_end=678
+  _globals['_IMAGEPREPROCESSING']._serialized_start=681
+  _globals['_IMAGEPREPROCESSING']._serialized_end=880
+  _globals['_NORMALIZATION']._serialized_start=882
+  _globals['_NORMALIZATION']._serialized_end=924
+  _globals['_ARTEFACT']._serialized_start=927
+  _globals['_ARTEFACT']._serialized_end=1194
+  _globals['_RUNTIMEVERDICT']._serialized_start=1196
+  _globals['_RUNTIMEVERDICT']._serialized_end=1297
+  _globals['_BATCHLATENCY']._serialized_start=1299
+  _globals['_BATCHLATENCY']._serialized_end=1351
+  _globals['_FILE']._serialized_start=1353
+  _globals['_FILE']._serialized_end=1409
+  _globals['_PARITY']._serialized_start=1412
+  _globals['_PARITY']._serialized_end=1684
+  _globals['_GOLDENSAMPLES']._serialized_start=1686
+  _globals['_GOLDENSAMPLES']._serialized_end=1747
+  _globals['_PROVENANCE']._serialized_start=1750
+  _globals['_PROVENANCE']._serialized_end=2009
+  _globals['_PROVENANCE_ACCURACYENTRY']._serialized_start=1962
+  _globals['_PROVENANCE_ACCURACYENTRY']._serialized_end=2009
+  _globals['_SERVINGPOLICY']._serialized_start=2011
+  _globals['_SERVINGPOLICY']._serialized_end=2085
+  _globals['_CANARYRECORD']._serialized_start=2087
+  _globals['_CANARYRECORD']._serialized_end=2206
 # @@protoc_insertion_point(module_scope)

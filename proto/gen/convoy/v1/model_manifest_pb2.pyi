@@ -3,7 +3,7 @@
 isort:skip_file
 What a published model version says about itself. `export` writes it as JSON (field names as here)
 to models/NAME/VERSION/manifest.json; `server` and `clients` read it and trust nothing else about
-the files beside it. A reader refuses a schema_version that it does not know and a field that it
+the files beside it. A reader rejects a schema_version that it does not know and a field that it
 does not know: such a field could change what the pixels mean.
 """
 
@@ -22,6 +22,46 @@ else:
     import typing_extensions
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
+
+class _Activation:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ActivationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Activation.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ACTIVATION_UNSPECIFIED: _Activation.ValueType  # 0
+    ACTIVATION_SOFTMAX: _Activation.ValueType  # 1
+    ACTIVATION_SIGMOID: _Activation.ValueType  # 2
+    """Each class by itself: the probabilities of an image need not sum to 1; the logits are their
+    logarithms.
+    """
+
+class Activation(_Activation, metaclass=_ActivationEnumTypeWrapper): ...
+
+ACTIVATION_UNSPECIFIED: Activation.ValueType  # 0
+ACTIVATION_SOFTMAX: Activation.ValueType  # 1
+ACTIVATION_SIGMOID: Activation.ValueType  # 2
+"""Each class by itself: the probabilities of an image need not sum to 1; the logits are their
+logarithms.
+"""
+Global___Activation: typing_extensions.TypeAlias = Activation
+
+class _Decoding:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DecodingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Decoding.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DECODING_UNSPECIFIED: _Decoding.ValueType  # 0
+    """All pixels."""
+    DECODING_SCALED: _Decoding.ValueType  # 1
+
+class Decoding(_Decoding, metaclass=_DecodingEnumTypeWrapper): ...
+
+DECODING_UNSPECIFIED: Decoding.ValueType  # 0
+"""All pixels."""
+DECODING_SCALED: Decoding.ValueType  # 1
+Global___Decoding: typing_extensions.TypeAlias = Decoding
 
 class _Interpolation:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -76,6 +116,10 @@ class _PrecisionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     PRECISION_FP16: _Precision.ValueType  # 2
     PRECISION_BF16: _Precision.ValueType  # 3
     PRECISION_INT8: _Precision.ValueType  # 4
+    PRECISION_TF32: _Precision.ValueType  # 5
+    """The file of FP32, whose products may round their factors to TF32 (10 bits of mantissa) on devices
+    that can; verified by a simulation of that rounding.
+    """
 
 class Precision(_Precision, metaclass=_PrecisionEnumTypeWrapper):
     """What the weights and the arithmetic between input and logits are kept in; unspecified means FP32."""
@@ -85,6 +129,10 @@ PRECISION_FP32: Precision.ValueType  # 1
 PRECISION_FP16: Precision.ValueType  # 2
 PRECISION_BF16: Precision.ValueType  # 3
 PRECISION_INT8: Precision.ValueType  # 4
+PRECISION_TF32: Precision.ValueType  # 5
+"""The file of FP32, whose products may round their factors to TF32 (10 bits of mantissa) on devices
+that can; verified by a simulation of that rounding.
+"""
 Global___Precision: typing_extensions.TypeAlias = Precision
 
 @typing.final
@@ -107,6 +155,7 @@ class ModelManifest(google.protobuf.message.Message):
     PROVENANCE_FIELD_NUMBER: builtins.int
     REPORT_FIELD_NUMBER: builtins.int
     ABSTAIN_THRESHOLD_FIELD_NUMBER: builtins.int
+    ACTIVATION_FIELD_NUMBER: builtins.int
     schema_version: builtins.int
     """1. Raised when a reader of the older form would misread the newer one."""
     name: builtins.str
@@ -116,11 +165,15 @@ class ModelManifest(google.protobuf.message.Message):
     producer: builtins.str
     """What wrote it, e.g. "convoy-serving 0.1.0, torch 2.15.0, onnx 1.23.2"."""
     temperature: builtins.float
-    """probabilities = softmax(logits / temperature); 1 where the model was not calibrated."""
-    abstain_threshold: builtins.float
-    """Below this largest probability the model should rather give no label, 0 to 1; 0: it always gives
-    one.
+    """probabilities = softmax(logits / temperature), or sigmoid by activation; 1 where the model was not
+    calibrated.
     """
+    abstain_threshold: builtins.float
+    """If the largest probability is below this, 0 to 1, the reply has the abstain flag; 0: it never
+    has.
+    """
+    activation: Global___Activation.ValueType
+    """How the graph makes probabilities of logits; unspecified means softmax."""
     @property
     def input(self) -> Global___TensorSpec: ...
     @property
@@ -133,17 +186,19 @@ class ModelManifest(google.protobuf.message.Message):
     def preprocessing(self) -> Global___ImagePreprocessing: ...
     @property
     def normalization(self) -> Global___Normalization:
-        """What the graph does to the pixels; a record, nobody applies it again."""
+        """What the graph does to the pixels; for the record; do not apply it again."""
 
     @property
-    def artefacts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Artefact]: ...
+    def artefacts(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Artefact]:
+        """Published manifests have this spelling."""
+
     @property
     def samples(self) -> Global___GoldenSamples: ...
     @property
     def provenance(self) -> Global___Provenance: ...
     @property
     def report(self) -> Global___File:
-        """A page for people, PNG: parity, accuracy by class and latency of each artefact."""
+        """A report as PNG: parity, accuracy by class and latency of each artifact."""
 
     def __init__(
         self,
@@ -164,9 +219,10 @@ class ModelManifest(google.protobuf.message.Message):
         provenance: Global___Provenance | None = ...,
         report: Global___File | None = ...,
         abstain_threshold: builtins.float = ...,
+        activation: Global___Activation.ValueType = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_report", b"_report", "input", b"input", "normalization", b"normalization", "preprocessing", b"preprocessing", "provenance", b"provenance", "report", b"report", "samples", b"samples"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_report", b"_report", "abstain_threshold", b"abstain_threshold", "artefacts", b"artefacts", "created_at", b"created_at", "input", b"input", "labels", b"labels", "name", b"name", "normalization", b"normalization", "outputs", b"outputs", "preprocessing", b"preprocessing", "producer", b"producer", "provenance", b"provenance", "report", b"report", "samples", b"samples", "schema_version", b"schema_version", "temperature", b"temperature", "version", b"version"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_report", b"_report", "abstain_threshold", b"abstain_threshold", "activation", b"activation", "artefacts", b"artefacts", "created_at", b"created_at", "input", b"input", "labels", b"labels", "name", b"name", "normalization", b"normalization", "outputs", b"outputs", "preprocessing", b"preprocessing", "producer", b"producer", "provenance", b"provenance", "report", b"report", "samples", b"samples", "schema_version", b"schema_version", "temperature", b"temperature", "version", b"version"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_report", b"_report"]) -> typing.Literal["report"] | None: ...
 
 Global___ModelManifest: typing_extensions.TypeAlias = ModelManifest
@@ -201,11 +257,18 @@ class ImagePreprocessing(google.protobuf.message.Message):
     """How an encoded image becomes the input tensor. The steps, in this order, are the same for the
     server, the batch client and the evaluation at training time:
       1. decode the first frame; apply the EXIF orientation; convert to RGB, 8 bits (transparent pixels
-         over black; of a 16-bit sample its high byte, and 16-bit grey has no transparency);
+         over black; of a 16-bit sample its high byte, and 16-bit gray has no transparency);
       2. resize so that the shorter side is resize_shorter_px (rounding the longer side half to even),
          or, where that is 0, to exactly height_px x width_px, with Pillow's antialiased filter named
-         by interpolation; skip this when the size is already right;
-      3. crop the centre to height_px x width_px (offset = (size - crop) // 2).
+         by interpolation; skip this when the size is already right; with without_antialias, interpolate
+         between the pixels next to the center of each output pixel instead (bilinear only);
+      3. crop the center to height_px x width_px (offset = (size - crop) // 2).
+    With DECODING_SCALED, step 1 decodes a JPEG at the smallest of 1/8, 1/4, 1/2 and 1 of its size, by the
+    scaled inverse DCT of libjpeg, at which no side is shorter than step 2 makes it; the size of the
+    result, rounded up, is that of the image in the steps that follow. Other formats are decoded whole.
+    Step 1 reads the orientation of JPEG's and WebP's EXIF data and PNG's eXIf chunk, and no other
+    metadata. Where step 2 would give more than 4,194,304 pixels, and more than four times those of the
+    crop, only what the crop keeps is computed, which may differ by rounding.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -214,10 +277,16 @@ class ImagePreprocessing(google.protobuf.message.Message):
     WIDTH_PX_FIELD_NUMBER: builtins.int
     RESIZE_SHORTER_PX_FIELD_NUMBER: builtins.int
     INTERPOLATION_FIELD_NUMBER: builtins.int
+    WITHOUT_ANTIALIAS_FIELD_NUMBER: builtins.int
+    DECODING_FIELD_NUMBER: builtins.int
     height_px: builtins.int
     width_px: builtins.int
     resize_shorter_px: builtins.int
     interpolation: Global___Interpolation.ValueType
+    without_antialias: builtins.bool
+    """Left out where false, so that servers of before this field load the version."""
+    decoding: Global___Decoding.ValueType
+    """Left out where all pixels are decoded, for the same reason; not with without_antialias."""
     def __init__(
         self,
         *,
@@ -225,8 +294,10 @@ class ImagePreprocessing(google.protobuf.message.Message):
         width_px: builtins.int = ...,
         resize_shorter_px: builtins.int = ...,
         interpolation: Global___Interpolation.ValueType = ...,
+        without_antialias: builtins.bool = ...,
+        decoding: Global___Decoding.ValueType = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["height_px", b"height_px", "interpolation", b"interpolation", "resize_shorter_px", b"resize_shorter_px", "width_px", b"width_px"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decoding", b"decoding", "height_px", b"height_px", "interpolation", b"interpolation", "resize_shorter_px", b"resize_shorter_px", "width_px", b"width_px", "without_antialias", b"without_antialias"]) -> None: ...
 
 Global___ImagePreprocessing: typing_extensions.TypeAlias = ImagePreprocessing
 
@@ -263,6 +334,7 @@ class Artefact(google.protobuf.message.Message):
     PARITY_FIELD_NUMBER: builtins.int
     PRECISION_FIELD_NUMBER: builtins.int
     LATENCIES_FIELD_NUMBER: builtins.int
+    OPENVINO_FIELD_NUMBER: builtins.int
     format: Global___ArtefactFormat.ValueType
     precision: Global___Precision.ValueType
     @property
@@ -273,6 +345,10 @@ class Artefact(google.protobuf.message.Message):
     def latencies(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___BatchLatency]:
         """Measured where it was exported; they seed a server's own measurements, no more."""
 
+    @property
+    def openvino(self) -> Global___RuntimeVerdict:
+        """How an ONNX file did in OpenVINO, where that was installed."""
+
     def __init__(
         self,
         *,
@@ -281,11 +357,43 @@ class Artefact(google.protobuf.message.Message):
         parity: Global___Parity | None = ...,
         precision: Global___Precision.ValueType = ...,
         latencies: collections.abc.Iterable[Global___BatchLatency] | None = ...,
+        openvino: Global___RuntimeVerdict | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["file", b"file", "parity", b"parity"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["file", b"file", "format", b"format", "latencies", b"latencies", "parity", b"parity", "precision", b"precision"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_openvino", b"_openvino", "file", b"file", "openvino", b"openvino", "parity", b"parity"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_openvino", b"_openvino", "file", b"file", "format", b"format", "latencies", b"latencies", "openvino", b"openvino", "parity", b"parity", "precision", b"precision"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_openvino", b"_openvino"]) -> typing.Literal["openvino"] | None: ...
 
 Global___Artefact: typing_extensions.TypeAlias = Artefact
+
+@typing.final
+class RuntimeVerdict(google.protobuf.message.Message):
+    """How an artifact did in a further runtime that a server may run it with."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUNTIME_FIELD_NUMBER: builtins.int
+    PARITY_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    runtime: builtins.str
+    """E.g. "openvino 2025.4.0"."""
+    failure: builtins.str
+    """Why it failed, in one line."""
+    @property
+    def parity(self) -> Global___Parity:
+        """Absent where the runtime failed."""
+
+    def __init__(
+        self,
+        *,
+        runtime: builtins.str = ...,
+        parity: Global___Parity | None = ...,
+        failure: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_parity", b"_parity", "parity", b"parity"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_parity", b"_parity", "failure", b"failure", "parity", b"parity", "runtime", b"runtime"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_parity", b"_parity"]) -> typing.Literal["parity"] | None: ...
+
+Global___RuntimeVerdict: typing_extensions.TypeAlias = RuntimeVerdict
 
 @typing.final
 class BatchLatency(google.protobuf.message.Message):
@@ -319,7 +427,7 @@ class File(google.protobuf.message.Message):
     SIZE_BYTES_FIELD_NUMBER: builtins.int
     SHA256_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """A plain file name: no folder, no link."""
+    """A plain file name, no folder."""
     size_bytes: builtins.int
     sha256: builtins.str
     """Lower-case hexadecimal."""
@@ -336,7 +444,7 @@ Global___File: typing_extensions.TypeAlias = File
 
 @typing.final
 class Parity(google.protobuf.message.Message):
-    """How the artefact compared with the eager float32 net before it was published."""
+    """How the artifact compared with the eager float32 net before it was published."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -359,7 +467,7 @@ class Parity(google.protobuf.message.Message):
     argmax_agreement: builtins.float
     """Share of the samples whose most probable class is the same, 0 to 1."""
     reference_accuracy: builtins.float
-    """Accuracy on validation images, 0 to 1: of the eager net, and of the artefact, for which an image
+    """Accuracy on validation images, 0 to 1: of the eager net, and of the artifact, for which an image
     counts where it is right at every batch size. Absent where no labels were known.
     """
     accuracy: builtins.float
@@ -394,9 +502,9 @@ Global___Parity: typing_extensions.TypeAlias = Parity
 @typing.final
 class GoldenSamples(google.protobuf.message.Message):
     """Real inputs with the logits that the eager net gave for them. A NumPy .npz of images
-    (uint8 [n, height, width, 3]), logits (float32 [n, classes]), labels (int64 [n], the true classes),
-    encoded (uint8, image files end to end, which ImagePreprocessing brings to those images; PNG, so that
-    all decoders agree) and encoded_offsets (int64 [n + 1]).
+    (uint8 [n, height, width, 3]), logits and probabilities (float32 [n, classes]), labels (int64 [n], the
+    true classes, -1 unknown), encoded (uint8, image files end to end, which ImagePreprocessing brings to
+    those images; PNG, so that all decoders agree) and encoded_offsets (int64 [n + 1]).
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -500,3 +608,40 @@ class ServingPolicy(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["previous", b"previous", "schema_version", b"schema_version", "version", b"version"]) -> None: ...
 
 Global___ServingPolicy: typing_extensions.TypeAlias = ServingPolicy
+
+@typing.final
+class CanaryRecord(google.protobuf.message.Message):
+    """The verdict of a canary on a version. The server writes it as JSON to models/NAME/VERSION.canary.json, or
+    to the same path under its --state-dir.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SCHEMA_VERSION_FIELD_NUMBER: builtins.int
+    MANIFEST_SHA256_FIELD_NUMBER: builtins.int
+    VERDICT_FIELD_NUMBER: builtins.int
+    DECIDED_AT_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    schema_version: builtins.int
+    manifest_sha256: builtins.str
+    """Of the manifest.json that was tried: a version published again under its number is another."""
+    verdict: builtins.str
+    """"good", or why the version was rolled back: "unhealthy", "errors", "latency", "disagreement"."""
+    decided_at: builtins.str
+    """RFC 3339, UTC."""
+    signature: builtins.bytes
+    """Ed25519, of "convoy canary 1", model, version, manifest_sha256, verdict and decided_at, each followed
+    by a line feed; empty where the server has no key for it.
+    """
+    def __init__(
+        self,
+        *,
+        schema_version: builtins.int = ...,
+        manifest_sha256: builtins.str = ...,
+        verdict: builtins.str = ...,
+        decided_at: builtins.str = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["decided_at", b"decided_at", "manifest_sha256", b"manifest_sha256", "schema_version", b"schema_version", "signature", b"signature", "verdict", b"verdict"]) -> None: ...
+
+Global___CanaryRecord: typing_extensions.TypeAlias = CanaryRecord

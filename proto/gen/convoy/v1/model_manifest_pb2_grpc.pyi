@@ -3,7 +3,7 @@
 isort:skip_file
 What a published model version says about itself. `export` writes it as JSON (field names as here)
 to models/NAME/VERSION/manifest.json; `server` and `clients` read it and trust nothing else about
-the files beside it. A reader refuses a schema_version that it does not know and a field that it
+the files beside it. A reader rejects a schema_version that it does not know and a field that it
 does not know: such a field could change what the pixels mean.
 """
 

@@ -886,7 +886,7 @@ class RepositoryModelLoadRequest(google.protobuf.message.Message):
     model_name: builtins.str
     @property
     def parameters(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, Global___ModelRepositoryParameter]:
-        """Any is refused: a model is what lies in the repository."""
+        """Any parameter is rejected: models come from the repository only."""
 
     def __init__(
         self,

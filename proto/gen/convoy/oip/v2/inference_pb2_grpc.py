@@ -142,7 +142,7 @@ class GRPCInferenceServiceServicer(object):
         """Extensions.
 
         Many inferences on one stream. A reply comes when it is ready, so out of order; its id tells
-        whose it is. A request that fails is answered with an error_message and the stream goes on.
+        whose it is. A request that fails is answered with an error_message and the stream continues.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

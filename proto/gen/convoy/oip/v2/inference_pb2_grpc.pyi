@@ -348,7 +348,7 @@ class GRPCInferenceServiceStub(typing.Generic[_GRPCInferenceServiceServerLiveTyp
     """Extensions.
 
     Many inferences on one stream. A reply comes when it is ready, so out of order; its id tells
-    whose it is. A request that fails is answered with an error_message and the stream goes on.
+    whose it is. A request that fails is answered with an error_message and the stream continues.
     """
 
     ModelConfig: _GRPCInferenceServiceModelConfigType
@@ -472,7 +472,7 @@ class GRPCInferenceServiceServicer(metaclass=abc.ABCMeta):
         """Extensions.
 
         Many inferences on one stream. A reply comes when it is ready, so out of order; its id tells
-        whose it is. A request that fails is answered with an error_message and the stream goes on.
+        whose it is. A request that fails is answered with an error_message and the stream continues.
         """
 
     @abc.abstractmethod

@@ -77,6 +77,7 @@ class ModelConfig(google.protobuf.message.Message):
     INPUT_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
     INSTANCE_GROUP_FIELD_NUMBER: builtins.int
+    DEFAULT_MODEL_FILENAME_FIELD_NUMBER: builtins.int
     DYNAMIC_BATCHING_FIELD_NUMBER: builtins.int
     BACKEND_FIELD_NUMBER: builtins.int
     name: builtins.str
@@ -84,6 +85,8 @@ class ModelConfig(google.protobuf.message.Message):
     """"onnxruntime_onnx", "pytorch_libtorch"."""
     max_batch_size: builtins.int
     """Images in the largest batch that is formed."""
+    default_model_filename: builtins.str
+    """File of the version's folder; convoy-export reads it, no server sends it."""
     backend: builtins.str
     """"onnxruntime", "pytorch"."""
     @property
@@ -106,11 +109,12 @@ class ModelConfig(google.protobuf.message.Message):
         input: collections.abc.Iterable[Global___ModelInput] | None = ...,
         output: collections.abc.Iterable[Global___ModelOutput] | None = ...,
         instance_group: collections.abc.Iterable[Global___ModelInstanceGroup] | None = ...,
+        default_model_filename: builtins.str = ...,
         dynamic_batching: Global___ModelDynamicBatching | None = ...,
         backend: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["dynamic_batching", b"dynamic_batching", "version_policy", b"version_policy"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["backend", b"backend", "dynamic_batching", b"dynamic_batching", "input", b"input", "instance_group", b"instance_group", "max_batch_size", b"max_batch_size", "name", b"name", "output", b"output", "platform", b"platform", "version_policy", b"version_policy"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["backend", b"backend", "default_model_filename", b"default_model_filename", "dynamic_batching", b"dynamic_batching", "input", b"input", "instance_group", b"instance_group", "max_batch_size", b"max_batch_size", "name", b"name", "output", b"output", "platform", b"platform", "version_policy", b"version_policy"]) -> None: ...
 
 Global___ModelConfig: typing_extensions.TypeAlias = ModelConfig
 
@@ -224,8 +228,11 @@ class ModelOutput(google.protobuf.message.Message):
     NAME_FIELD_NUMBER: builtins.int
     DATA_TYPE_FIELD_NUMBER: builtins.int
     DIMS_FIELD_NUMBER: builtins.int
+    LABEL_FILENAME_FIELD_NUMBER: builtins.int
     name: builtins.str
     data_type: Global___DataType.ValueType
+    label_filename: builtins.str
+    """File of the model's folder with a class name a line; convoy-export reads it, no server sends it."""
     @property
     def dims(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Without the batch axis."""
@@ -236,8 +243,9 @@ class ModelOutput(google.protobuf.message.Message):
         name: builtins.str = ...,
         data_type: Global___DataType.ValueType = ...,
         dims: collections.abc.Iterable[builtins.int] | None = ...,
+        label_filename: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data_type", b"data_type", "dims", b"dims", "name", b"name"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data_type", b"data_type", "dims", b"dims", "label_filename", b"label_filename", "name", b"name"]) -> None: ...
 
 Global___ModelOutput: typing_extensions.TypeAlias = ModelOutput
 

@@ -24,31 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63onvoy/onnx/v1/graph.proto\x12\x0e\x63onvoy.onnx.v1\"\x8f\x01\n\x05Model\x12$\n\x05graph\x18\x07 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\x12\x33\n\rtraining_info\x18\x14 \x03(\x0b\x32\x1c.convoy.onnx.v1.TrainingInfo\x12+\n\tfunctions\x18\x19 \x03(\x0b\x32\x18.convoy.onnx.v1.Function\"\x92\x01\n\x05Graph\x12\"\n\x04node\x18\x01 \x03(\x0b\x32\x14.convoy.onnx.v1.Node\x12+\n\x0binitializer\x18\x05 \x03(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12\x38\n\x12sparse_initializer\x18\x0f \x03(\x0b\x32\x1c.convoy.onnx.v1.SparseTensor\"U\n\x04Node\x12\x0f\n\x07op_type\x18\x04 \x01(\t\x12,\n\tattribute\x18\x05 \x03(\x0b\x32\x19.convoy.onnx.v1.Attribute\x12\x0e\n\x06\x64omain\x18\x07 \x01(\t\"\x8b\x02\n\tAttribute\x12!\n\x01t\x18\x05 \x01(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12 \n\x01g\x18\x06 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\x12\'\n\x07tensors\x18\n \x03(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12%\n\x06graphs\x18\x0b \x03(\x0b\x32\x15.convoy.onnx.v1.Graph\x12\x33\n\rsparse_tensor\x18\x16 \x01(\x0b\x32\x1c.convoy.onnx.v1.SparseTensor\x12\x34\n\x0esparse_tensors\x18\x17 \x03(\x0b\x32\x1c.convoy.onnx.v1.SparseTensor\"w\n\x06Tensor\x12\x38\n\rexternal_data\x18\r \x03(\x0b\x32!.convoy.onnx.v1.ExternalDataEntry\x12\x33\n\rdata_location\x18\x0e \x01(\x0e\x32\x1c.convoy.onnx.v1.DataLocation\"_\n\x0cSparseTensor\x12&\n\x06values\x18\x01 \x01(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12\'\n\x07indices\x18\x02 \x01(\x0b\x32\x16.convoy.onnx.v1.Tensor\"/\n\x11\x45xternalDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"g\n\x0cTrainingInfo\x12-\n\x0einitialization\x18\x01 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\x12(\n\talgorithm\x18\x02 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\"\x80\x01\n\x08\x46unction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04node\x18\x07 \x03(\x0b\x32\x14.convoy.onnx.v1.Node\x12\x0e\n\x06\x64omain\x18\n \x01(\t\x12\x32\n\x0f\x61ttribute_proto\x18\x0b \x03(\x0b\x32\x19.convoy.onnx.v1.Attribute*Q\n\x0c\x44\x61taLocation\x12%\n!DATA_LOCATION_DEFAULT_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x41TA_LOCATION_EXTERNAL\x10\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x63onvoy/onnx/v1/graph.proto\x12\x0e\x63onvoy.onnx.v1\"\x8f\x01\n\x05Model\x12$\n\x05graph\x18\x07 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\x12\x33\n\rtraining_info\x18\x14 \x03(\x0b\x32\x1c.convoy.onnx.v1.TrainingInfo\x12+\n\tfunctions\x18\x19 \x03(\x0b\x32\x18.convoy.onnx.v1.Function\"\xec\x01\n\x05Graph\x12\"\n\x04node\x18\x01 \x03(\x0b\x32\x14.convoy.onnx.v1.Node\x12+\n\x0binitializer\x18\x05 \x03(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12)\n\x06output\x18\x0c \x03(\x0b\x32\x19.convoy.onnx.v1.ValueInfo\x12-\n\nvalue_info\x18\r \x03(\x0b\x32\x19.convoy.onnx.v1.ValueInfo\x12\x38\n\x12sparse_initializer\x18\x0f \x03(\x0b\x32\x1c.convoy.onnx.v1.SparseTensor\"=\n\tValueInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04type\x18\x02 \x01(\x0b\x32\x14.convoy.onnx.v1.Type\"7\n\x04Type\x12/\n\x0btensor_type\x18\x01 \x01(\x0b\x32\x1a.convoy.onnx.v1.TensorType\"T\n\nTensorType\x12\x11\n\telem_type\x18\x01 \x01(\x05\x12)\n\x05shape\x18\x02 \x01(\x0b\x32\x15.convoy.onnx.v1.ShapeH\x00\x88\x01\x01\x42\x08\n\x06_shape\"/\n\x05Shape\x12&\n\x03\x64im\x18\x01 \x03(\x0b\x32\x19.convoy.onnx.v1.Dimension\"1\n\tDimension\x12\x16\n\tdim_value\x18\x01 \x01(\x03H\x00\x88\x01\x01\x42\x0c\n\n_dim_value\"s\n\x04Node\x12\x0e\n\x06output\x18\x02 \x03(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07op_type\x18\x04 \x01(\t\x12,\n\tattribute\x18\x05 \x03(\x0b\x32\x19.convoy.onnx.v1.Attribute\x12\x0e\n\x06\x64omain\x18\x07 \x01(\t\"\x8b\x02\n\tAttribute\x12!\n\x01t\x18\x05 \x01(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12 \n\x01g\x18\x06 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\x12\'\n\x07tensors\x18\n \x03(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12%\n\x06graphs\x18\x0b \x03(\x0b\x32\x15.convoy.onnx.v1.Graph\x12\x33\n\rsparse_tensor\x18\x16 \x01(\x0b\x32\x1c.convoy.onnx.v1.SparseTensor\x12\x34\n\x0esparse_tensors\x18\x17 \x03(\x0b\x32\x1c.convoy.onnx.v1.SparseTensor\"w\n\x06Tensor\x12\x38\n\rexternal_data\x18\r \x03(\x0b\x32!.convoy.onnx.v1.ExternalDataEntry\x12\x33\n\rdata_location\x18\x0e \x01(\x0e\x32\x1c.convoy.onnx.v1.DataLocation\"_\n\x0cSparseTensor\x12&\n\x06values\x18\x01 \x01(\x0b\x32\x16.convoy.onnx.v1.Tensor\x12\'\n\x07indices\x18\x02 \x01(\x0b\x32\x16.convoy.onnx.v1.Tensor\"/\n\x11\x45xternalDataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t\"g\n\x0cTrainingInfo\x12-\n\x0einitialization\x18\x01 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\x12(\n\talgorithm\x18\x02 \x01(\x0b\x32\x15.convoy.onnx.v1.Graph\"\x80\x01\n\x08\x46unction\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04node\x18\x07 \x03(\x0b\x32\x14.convoy.onnx.v1.Node\x12\x0e\n\x06\x64omain\x18\n \x01(\t\x12\x32\n\x0f\x61ttribute_proto\x18\x0b \x03(\x0b\x32\x19.convoy.onnx.v1.Attribute*Q\n\x0c\x44\x61taLocation\x12%\n!DATA_LOCATION_DEFAULT_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44\x41TA_LOCATION_EXTERNAL\x10\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'convoy.onnx.v1.graph_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATALOCATION']._serialized_start=1201
-  _globals['_DATALOCATION']._serialized_end=1282
+  _globals['_DATALOCATION']._serialized_start=1627
+  _globals['_DATALOCATION']._serialized_end=1708
   _globals['_MODEL']._serialized_start=47
   _globals['_MODEL']._serialized_end=190
   _globals['_GRAPH']._serialized_start=193
-  _globals['_GRAPH']._serialized_end=339
-  _globals['_NODE']._serialized_start=341
-  _globals['_NODE']._serialized_end=426
-  _globals['_ATTRIBUTE']._serialized_start=429
-  _globals['_ATTRIBUTE']._serialized_end=696
-  _globals['_TENSOR']._serialized_start=698
-  _globals['_TENSOR']._serialized_end=817
-  _globals['_SPARSETENSOR']._serialized_start=819
-  _globals['_SPARSETENSOR']._serialized_end=914
-  _globals['_EXTERNALDATAENTRY']._serialized_start=916
-  _globals['_EXTERNALDATAENTRY']._serialized_end=963
-  _globals['_TRAININGINFO']._serialized_start=965
-  _globals['_TRAININGINFO']._serialized_end=1068
-  _globals['_FUNCTION']._serialized_start=1071
-  _globals['_FUNCTION']._serialized_end=1199
+  _globals['_GRAPH']._serialized_end=429
+  _globals['_VALUEINFO']._serialized_start=431
+  _globals['_VALUEINFO']._serialized_end=492
+  _globals['_TYPE']._serialized_start=494
+  _globals['_TYPE']._serialized_end=549
+  _globals['_TENSORTYPE']._serialized_start=551
+  _globals['_TENSORTYPE']._serialized_end=635
+  _globals['_SHAPE']._serialized_start=637
+  _globals['_SHAPE']._serialized_end=684
+  _globals['_DIMENSION']._serialized_start=686
+  _globals['_DIMENSION']._serialized_end=735
+  _globals['_NODE']._serialized_start=737
+  _globals['_NODE']._serialized_end=852
+  _globals['_ATTRIBUTE']._serialized_start=855
+  _globals['_ATTRIBUTE']._serialized_end=1122
+  _globals['_TENSOR']._serialized_start=1124
+  _globals['_TENSOR']._serialized_end=1243
+  _globals['_SPARSETENSOR']._serialized_start=1245
+  _globals['_SPARSETENSOR']._serialized_end=1340
+  _globals['_EXTERNALDATAENTRY']._serialized_start=1342
+  _globals['_EXTERNALDATAENTRY']._serialized_end=1389
+  _globals['_TRAININGINFO']._serialized_start=1391
+  _globals['_TRAININGINFO']._serialized_end=1494
+  _globals['_FUNCTION']._serialized_start=1497
+  _globals['_FUNCTION']._serialized_end=1625
 # @@protoc_insertion_point(module_scope)

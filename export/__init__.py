@@ -1,1 +1,0 @@
-"""Checkpoint in, proved model repository version out."""

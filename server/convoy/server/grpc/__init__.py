@@ -1,0 +1,1 @@
+"""The gRPC endpoint, the C core as an alternative, and the servicers."""

@@ -1,0 +1,1 @@
+"""The Open Inference Protocol without its transports, shared by gRPC and REST."""

@@ -1,1 +1,0 @@
-"""The wire: each module turns one gRPC service's messages into domain types and back."""

@@ -1,0 +1,1 @@
+"""Floods: attacks on a server of ours on loopback, with an ordinary caller beside them."""
