@@ -25,7 +25,7 @@ async def test_no_request_fails_while_versions_swap_every_second(publish, transp
                 await traffic.answers(20)
                 publish(version)
                 await asyncio.to_thread(server.wait_for, "version switched", new=version)
-            await traffic.answers(20)
+                await traffic.answered_by(version)
         for version in range(1, 6):
             await asyncio.to_thread(server.wait_for, "version unloaded", version=version)
         assert server.stop() == 0
@@ -66,7 +66,7 @@ async def test_bad_versions_under_load_hurt_nobody(publish):
             await traffic.answers(20)
             publish(5)
             await asyncio.to_thread(server.wait_for, "version switched", new=5)
-            await traffic.answers(20)
+            await traffic.answered_by(5)
         assert server.stop() == 0
     assert set(traffic.tally.codes) == {"OK"}
     assert traffic.tally.wrong == 0

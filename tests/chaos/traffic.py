@@ -70,6 +70,11 @@ class Traffic:
             self._answered.clear()
             await self._answered.wait()
 
+    async def answered_by(self, version: int) -> None:
+        """Waits until this version answered; front ends hear of a switch after it is logged."""
+        while not self.tally.versions[str(version)]:
+            await self.answers(1)
+
     async def _call(
         self, stub: inference_pb2_grpc.GRPCInferenceServiceStub, stop: asyncio.Event
     ) -> None:
