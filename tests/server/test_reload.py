@@ -58,6 +58,6 @@ def test_a_hangup_reloads_tokens_keys_and_the_repository(publish, tmp_path, tran
         server.wait_for("version switched", new=2)
         infer = inference_pb2_grpc.GRPCInferenceServiceStub(channel).ModelInfer
         metadata = [("authorization", "Bearer other")]
-        # The front ends are told after the owner has switched.
+        # The front ends hear of a switch after the owner has made it.
         eventually(lambda: infer(infer_request(), metadata=metadata).model_version, "2")
         assert server.stop() == 0
