@@ -1,5 +1,6 @@
 """fp16, bf16 and int8 beside float32, of a net that has learnt something."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import onnx
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
+from torch import nn
 
 from convoy.export import tf32
 from convoy.export.errors import ParityError
@@ -181,16 +183,25 @@ def test_the_simulation_rounds_to_ten_bits_of_mantissa() -> None:
     assert ((rounded - values).abs() <= spacing / 2).all()
 
 
-def test_onnx_and_torch_simulate_the_same_rounding(variants: Published, samples: Samples) -> None:
+def test_onnx_and_torch_simulate_the_same_rounding(
+    source: ModelSource, samples: Samples, tmp_path: Path
+) -> None:
+    """Of one product: sums in another order may round to the other neighbor in the next one."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 10, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    wanted = choose_variants(PORTABLE_FORMATS, [Precision.FP32, Precision.TF32])
+    path = export(
+        replace(source, net=net), samples, ModelFolder(tmp_path, "one"), ExportOptions(wanted)
+    ).path
     images = samples.real.images[:32]
-    exact = load_artifact(Variant(ArtifactFormat.ONNX), variants.path / "model.onnx")(images)
+    exact = load_artifact(Variant(ArtifactFormat.ONNX), path / "model.onnx")(images)
     found = [
-        load_artifact(variant, variants.path / variant.file_name)(images)
+        load_artifact(variant, path / variant.file_name)(images)
         for variant in (Variant(form, Precision.TF32) for form in PORTABLE_FORMATS)
     ]
     changes = [np.abs(outputs.logits - exact.logits).max() for outputs in found]
     apart = max(np.abs(outputs.logits - found[0].logits).max() for outputs in found)
-    assert apart < 0.5 * min(changes)
+    assert apart < 0.02 * min(changes)
 
 
 def test_a_net_that_tf32_ruins_publishes_nothing(
