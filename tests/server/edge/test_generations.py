@@ -3,9 +3,13 @@
 import asyncio
 import contextlib
 import json
+import os
 import ssl
+import sys
+from pathlib import Path
 
 import grpc
+import pytest
 from prometheus_client import CollectorRegistry
 
 from convoy.server.edge.listener import Listener
@@ -141,3 +145,22 @@ async def test_a_generation_that_opens_while_the_listener_stops_is_ended_too(mon
     await listener.stop()
     assert len(begun) == len(opened) == 2
     assert all(generation.has_ended for generation in opened)
+
+
+def threads() -> dict[int, str]:
+    """The threads of this process, with their names."""
+    return {
+        int(thread.name): (thread / "comm").read_text().strip()
+        for thread in Path("/proc/self/task").iterdir()
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+async def test_threads_of_the_network_wait_for_the_thread_that_wakes_them():
+    listener = listener_of(Echo(), Limits(), ServerMetrics(CollectorRegistry()))
+    await listener.start()
+    names = threads()
+    waiting = {thread for thread in names if os.sched_getscheduler(thread) == os.SCHED_BATCH}
+    await listener.stop()
+    assert len(waiting) >= 2
+    assert waiting == {thread for thread, name in names.items() if name == "tokio-rt-worker"}
