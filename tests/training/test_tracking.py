@@ -1,4 +1,4 @@
-"""MLflow and Weights & Biases by their own packages, offline, if they are installed."""
+"""MLflow and Weights & Biases by their own packages, offline."""
 
 from pathlib import Path
 
@@ -15,11 +15,12 @@ class Outcome:
     metrics = {"final/test_accuracy": 0.5}  # noqa: RUF012
 
 
+# Weights & Biases starts a process of its own.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
 def test_a_tracker_keeps_numbers_pictures_and_the_page(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
