@@ -91,6 +91,7 @@ sys.addaudithook(watch)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [

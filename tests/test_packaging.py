@@ -72,6 +72,7 @@ def test_the_wheel_puts_only_the_namespace_into_site_packages(environment, wheel
         assert (site / "convoy" / portion / "py.typed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("python_path", [None, "."])
 def test_a_project_with_packages_of_the_same_names_uses_the_library(
     environment, project, python_path
@@ -87,6 +88,7 @@ def test_a_project_with_packages_of_the_same_names_uses_the_library(
         assert (helped.returncode, "--help" in helped.stdout) == (0, True), helped.stderr
 
 
+@pytest.mark.slow
 def test_a_client_only_installation_names_the_missing_extra(environment, tmp_path):
     (tmp_path / "best.pt").touch()
     needs = {
@@ -104,6 +106,7 @@ def test_a_client_only_installation_names_the_missing_extra(environment, tmp_pat
     assert helped.returncode == 0, helped.stderr
 
 
+@pytest.mark.slow
 def test_mypy_finds_the_types_in_a_users_script(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

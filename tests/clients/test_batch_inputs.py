@@ -186,6 +186,7 @@ def test_a_damaged_tar_is_an_error(tmp_path, work, name):
         keys(path, work)
 
 
+@pytest.mark.slow
 def test_the_members_of_a_tar_are_not_held_in_memory(tmp_path, work):
     path = tmp_path / "many.tar"
     with tarfile.open(path, "w") as archive:

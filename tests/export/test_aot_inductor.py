@@ -31,6 +31,7 @@ def compiled(
     return export(source, samples, target, ExportOptions([VARIANT]))
 
 
+@pytest.mark.slow
 def test_it_passes_the_proof_of_float32(compiled: Published) -> None:
     assert (compiled.path / "model.aoti.pt2").is_file()
     assert compiled.parities[VARIANT].max_logit_difference < 1e-4
@@ -41,6 +42,7 @@ def package(version: Published) -> VerifiedFile:
     return VerifiedFile(path.name, path.read_bytes())
 
 
+@pytest.mark.slow
 def test_the_server_runs_it_at_any_batch_size(compiled: Published) -> None:
     backend = load_backend(Runtime.AOT_INDUCTOR, package(compiled), Device("cpu"), threads=1)
     assert (backend.device, backend.platform) == ("cpu", "pytorch_aot_inductor")
@@ -50,6 +52,7 @@ def test_the_server_runs_it_at_any_batch_size(compiled: Published) -> None:
             np.testing.assert_allclose(found, samples["logits"][:count], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_code_for_another_processor_is_rejected_before_it_runs(
     compiled: Published, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +73,7 @@ def test_it_is_for_the_cpu() -> None:
         load_backend(Runtime.AOT_INDUCTOR, file, Device("cuda"), threads=1)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_nothing_is_published(
     source: ModelSource, samples: Samples, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 LIMIT_BYTES = 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["onnx", "torchscript", "exported-program"])
 def test_a_full_disk_is_one_line(form: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "convoy.export", str(tiny_checkpoint), "--name", "digits"]

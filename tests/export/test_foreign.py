@@ -65,6 +65,7 @@ def test_torchscript_stays_torchscript(net: nn.Module, tmp_path: Path) -> None:
         publish(path, tmp_path, FLAGS, ArtifactFormat.ONNX)
 
 
+@pytest.mark.slow
 def test_an_exported_program_becomes_onnx_and_pt2(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "net.pt2"
     images = (torch.zeros(2, 3, 32, 32),)
@@ -117,6 +118,7 @@ def write_steps(folder: Path, changes: dict[str, object]) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps({**steps, **changes}))
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_needs_no_flags(hugging_face: Path, tmp_path: Path) -> None:
     assert kind_of(hugging_face) is Kind.HUGGING_FACE
     version = publish(hugging_face, tmp_path, InputDescription(), ArtifactFormat.ONNX)
@@ -223,6 +225,7 @@ def write_mar(path: Path, serialized: Path, **model: object) -> None:
         archive.write(serialized, serialized.name)
 
 
+@pytest.mark.slow
 def test_a_torchserve_archive(tmp_path: Path) -> None:
     class AnySize(nn.Module):
         def __init__(self) -> None:
@@ -265,6 +268,7 @@ def test_weights_and_packages_are_sent_elsewhere(net: nn.Module, tmp_path: Path)
         read_foreign(tmp_path / "other.zip", FLAGS)
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_program(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
     torch.jit.save(torch.jit.trace(net, torch.zeros(2, 3, 32, 32)), path)
@@ -306,6 +310,7 @@ def test_a_graph_of_one_gray_channel(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, expected, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_gray_net_of_torch_in_every_format(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 15 * 15, 10))

@@ -62,6 +62,7 @@ def test_an_onnx_file_with_a_softmax_and_a_free_size(
     assert output.rstrip().endswith("--image-size-px 224 --output probabilities")
 
 
+@pytest.mark.slow
 def test_weights_of_torchvision_are_recognized(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

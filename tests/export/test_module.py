@@ -92,6 +92,7 @@ def eager(net: nn.Module) -> np.ndarray:
         return net(pixels).numpy()
 
 
+@pytest.mark.slow
 def test_a_module_in_a_file_is_one_command(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +157,7 @@ def test_channels_of_a_net_of_opencv(file: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(answers(published.path, IMAGES)[0], eager(Reversed()), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ending", "output"), [("softmax", "probabilities"), ("sigmoid",) * 2])
 def test_a_net_that_ends_in_an_activation(
     ending: str,
@@ -238,6 +240,7 @@ def test_a_checkpoint_of_a_users_net_needs_the_factory(
     np.testing.assert_allclose(answers(version, IMAGES)[0], eager(net), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_timm_net_uses_its_published_constants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

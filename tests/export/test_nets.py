@@ -36,6 +36,7 @@ def few(samples: Samples) -> Samples:
     return replace(samples, real=samples.real.take(rows), validation_count=59 - pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_every_format_passes_its_proof(
     name: str, source: ModelSource, few: Samples, tmp_path: Path
@@ -77,6 +78,7 @@ def without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "register_parameter", on_meta)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", torchvision_nets.names())
 def test_every_classifier_of_torchvision_answers_with_logits(
     name: str, without_memory: None
@@ -94,6 +96,7 @@ def test_every_classifier_of_torchvision_answers_with_logits(
 FAMILIES = ["resnet18", "convnext_tiny", "squeezenet1_1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_net_of_each_further_family_becomes_onnx(name: str, tmp_path: Path) -> None:
     """NETS have others of all formats; `make model-zoo` has all families in all formats."""

@@ -57,6 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, folder: Path, file: Path, *more: object
     return int(end.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_foreign_file_is_published_behind_our_input_and_outputs(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

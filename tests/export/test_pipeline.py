@@ -46,6 +46,7 @@ def torchvision_logits(net: nn.Module, images: np.ndarray) -> np.ndarray:
         return net(torch.stack([prepare(image) for image in images])).numpy()
 
 
+@pytest.mark.slow
 def test_a_version_holds_exactly_the_files_asked_for(published: Published) -> None:
     assert published.path.name == "1"
     names = {entry.name for entry in published.path.iterdir()}

@@ -62,6 +62,7 @@ def load(path: Path, cuda: FakeCuda, monkeypatch) -> OnnxBackend:
     return OnnxBackend(VerifiedFile(path.name, path.read_bytes()), Device("cuda"), 1)
 
 
+@pytest.mark.slow
 def test_shapes_may_be_computed_on_the_cpu(path, monkeypatch):
     names = shape_nodes(path)
     assert names or "swin" in path.name, "the net should have such nodes"
@@ -69,6 +70,7 @@ def test_shapes_may_be_computed_on_the_cpu(path, monkeypatch):
     assert backend.run(np.zeros((3, SIZE_PX, SIZE_PX, 3), np.uint8)).logits.shape == (3, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["Gemm", "LayerNormalization", "Add", "Reshape"])
 def test_what_computes_activations_may_not(path, monkeypatch, operator):
     cuda = FakeCuda(on_cpu=lambda found, name: found == operator)

@@ -73,6 +73,7 @@ def variants(
     )
 
 
+@pytest.mark.slow
 def test_each_precision_is_written_in_the_formats_that_have_it(variants: Published) -> None:
     assert {path.name for path in variants.path.glob("model*")} == {
         "model.onnx",
@@ -89,6 +90,7 @@ def test_each_precision_is_written_in_the_formats_that_have_it(variants: Publish
     assert precisions[:3] == [pb.PRECISION_FP32] * 3, "readers take the first of a format"
 
 
+@pytest.mark.slow
 def test_lower_precisions_keep_the_accuracy_within_their_gates(variants: Published) -> None:
     reference = variants.parities[Variant(ArtifactFormat.ONNX)].reference_accuracy
     assert reference > 0.85, "a net that has learnt nothing proves nothing"
@@ -183,6 +185,7 @@ def test_the_simulation_rounds_to_ten_bits_of_mantissa() -> None:
     assert ((rounded - values).abs() <= spacing / 2).all()
 
 
+@pytest.mark.slow
 def test_onnx_and_torch_simulate_the_same_rounding(
     source: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:
@@ -204,6 +207,7 @@ def test_onnx_and_torch_simulate_the_same_rounding(
     assert apart < 0.02 * min(changes)
 
 
+@pytest.mark.slow
 def test_a_net_that_tf32_ruins_publishes_nothing(
     trained: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:
@@ -245,6 +249,7 @@ def test_test_images_are_neither_for_proof_nor_for_calibration() -> None:
     assert not test & {image.tobytes() for image in used}
 
 
+@pytest.mark.slow
 def test_a_net_that_int8_ruins_publishes_nothing(
     trained: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def loadable(repository: Path) -> list[Path]:
     return [path for path in repository.glob("*/*") if path.name.isdigit()]
 
 
+@pytest.mark.slow
 def test_a_sigkill_at_any_step_leaves_nothing_or_the_whole_version(tmp_path: Path) -> None:
     survived, killed_with_nothing = 0, 0
     for step in range(1, 100):

@@ -39,6 +39,7 @@ def run(monkeypatch: pytest.MonkeyPatch, file: Path, labels: Path, *more: object
     return int(end.value.code or 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_foreign_state_dict_is_published_as_the_flags_describe(
     suffix: str,

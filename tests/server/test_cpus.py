@@ -135,6 +135,7 @@ def test_the_copies_of_the_parts_are_identical():
     assert len({inspect.getsource(copy) for copy in copies}) == 1
 
 
+@pytest.mark.slow
 def test_training_gives_torch_no_more_threads(tmp_path):
     """What bounds it is the affinity, which a test may set."""
     code = (

@@ -130,6 +130,7 @@ def test_a_users_folder_is_trained_on(
     assert checkpoint.metrics["test_accuracy"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["mobilenet_v3_small", "resnet18"])
 def test_a_torchvision_classifier_is_trained_and_reloaded(
     model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -143,6 +144,7 @@ def test_a_torchvision_classifier_is_trained_and_reloaded(
     assert checkpoint.build_net()(torch.zeros(3, 3, 40, 40)).shape == (3, 2)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_stopped_run_resumes_to_the_weights_of_an_unbroken_one(
     assert train(monkeypatch, *stopped, "--resume", "--lr", 0.5) == 2
 
 
+@pytest.mark.slow
 def test_files_and_memory_end_with_the_same_weights(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +176,7 @@ def test_files_and_memory_end_with_the_same_weights(
         assert torch.equal(value, ends[1].state_dict[name]), name
 
 
+@pytest.mark.slow
 def test_training_stops_early_when_validation_gets_no_better(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +248,7 @@ def test_inspect_and_cache_say_what_is_there(
     assert "1249 train, 249 valid, 299 test, 10 classes" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["net", "resnet18"])
 def test_a_frozen_backbone_keeps_weights_and_statistics(
     model: str, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -267,6 +272,7 @@ def test_a_frozen_backbone_keeps_weights_and_statistics(
     assert train(monkeypatch, *arguments, "--out", tmp_path / "none") == 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +293,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_weights_start_a_run_with_other_classes(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,6 +357,7 @@ def test_divergence_keeps_the_last_good_checkpoint(
     checkpoints.load(tmp_path / "last.pt").build_net()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_cleanly_and_last_pt_is_whole(number: signal.Signals, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "convoy.training", "--epochs", "500", "--model", "net"]

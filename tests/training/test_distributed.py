@@ -13,6 +13,7 @@ ARGUMENTS = ("--model", "net", "--epochs", "2", "--set", "l2=1e-4", "--set", "fl
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
+@pytest.mark.slow
 def test_two_processes_follow_the_loss_curve_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

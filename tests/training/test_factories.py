@@ -101,6 +101,7 @@ def test_a_missing_or_broken_file_is_one_line(tmp_path: Path) -> None:
         nets.create("no_such_package_anywhere.models:make")
 
 
+@pytest.mark.slow
 def test_training_records_module_arguments_and_digest(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def test_timm_has_a_net_its_preprocessing_and_its_own_head() -> None:
         nets.create("timm:no_such_net")
 
 
+@pytest.mark.slow
 def test_training_a_timm_net_takes_its_constants(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,6 +111,7 @@ def test_it_learns() -> None:
     assert last.valid_accuracy > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -237,6 +238,7 @@ def test_bfloat16_learns_and_is_left_to_gpus_by_default() -> None:
     assert all(p.dtype == torch.float32 for p in half.net.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own making
 def test_a_compiled_step_is_the_eager_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Captured and differentiated as for any back end; compiling C++ takes too long for a test."""

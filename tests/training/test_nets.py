@@ -136,6 +136,7 @@ def test_torchvisions_classifiers_have_a_head_for_our_classes(name: str) -> None
         assert net(torch.empty(2, 3, 224, 224)).shape == (2, head.out_features) == (2, 7)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_read_without_torchvision() -> None:
     """Its import takes seconds, which every export of one of our own nets would pay."""
     code = "import sys, convoy.training.checkpoints, convoy.training.data\n"

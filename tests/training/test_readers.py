@@ -1,3 +1,4 @@
+import re
 import resource
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def open_both(folder: Path) -> tuple[ImageSet, ImageFiles]:
     return memory, files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_give_the_batches_that_memory_gives_pass_after_pass(
     image_folder: Path, workers: int
@@ -97,6 +99,7 @@ def test_a_full_disk_under_the_cache_is_a_warning(
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_that_goes_bad_is_one_line_or_counted(
     workers: int, image_folder: Path, caplog: pytest.LogCaptureFixture
@@ -105,10 +108,11 @@ def test_a_file_that_goes_bad_is_one_line_or_counted(
     bad = files.listing.paths[3]
     bad.write_bytes(b"no picture")
     reader = FileReader(files, CPU, workers)
-    with pytest.raises(DataError) as caught:
+    reason = re.escape(f"train, class 'bright': {bad}")
+    # Without `as`: an exception that is kept keeps the reader in a cycle, and torch takes five
+    # seconds to end the workers of a loader that the garbage collector finds.
+    with pytest.raises(DataError, match=rf"\A.*{reason}.*\Z"):
         list(reader.read(BATCHES))
-    assert "\n" not in str(caught.value)
-    assert f"train, class 'bright': {bad}" in str(caught.value)
     skipping = FileReader(files, CPU, workers, skip_bad=True)
     for _ in range(2):
         pixels = list(skipping.read(BATCHES))
@@ -117,6 +121,7 @@ def test_a_file_that_goes_bad_is_one_line_or_counted(
     assert caplog.text.count("replaced an unreadable image by another of its class, 1 so far") == 1
 
 
+@pytest.mark.slow
 def test_augmented_images_come_from_memory_and_from_files(image_folder: Path) -> None:
     memory, files = open_both(image_folder)
     recipe = Recipe(image_size=16, color_jitter=0.5)

@@ -203,6 +203,7 @@ def heavy_files() -> dict[str, tuple[Image.Image, str, dict[str, object]]]:
     }
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_decode_is_what_the_documentation_says():
     over = {}
     for name, (image, format_, options) in heavy_files().items():
@@ -231,6 +232,7 @@ def test_a_side_beyond_the_limit_is_rejected():
         decode(encode(Image.new("RGB", (1, 65_536))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room_mib", [32, 64, 128])
 @pytest.mark.parametrize(
     ("format_", "options"),

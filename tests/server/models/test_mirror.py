@@ -107,6 +107,7 @@ def asked(monkeypatch) -> list[str]:
     return requests
 
 
+@pytest.mark.slow
 async def test_versions_in_a_store_are_served_and_followed(mirror, publish, upload, s3):
     live = Live(mirror.cache, repository=mirror.repository)
     await live.manager.start()
