@@ -1,13 +1,15 @@
 """Batch jobs whose inputs and tables are in an object store or on the web; the servers are real."""
 
+import base64
 import json
 import re
 import tarfile
 import threading
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from convoy.client import images as client_images
 from convoy.client.batch import (
     BatchError,
     BatchJob,
@@ -330,18 +333,50 @@ class RangeHandler(SimpleHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(params=[RangeHandler, SimpleHTTPRequestHandler], ids=["ranges", "plain"])
-def web(request, tmp_path) -> Iterator[tuple[str, bool]]:
-    """A web server of `tmp_path`: its URL, and whether it answers requests for ranges."""
-    handler = partial(request.param, directory=tmp_path)
+class PrivateHandler(RangeHandler):
+    """Answers who has the password and a signature."""
+
+    def do_GET(self):
+        password = base64.b64decode(self.headers.get("Authorization", "")[len("Basic ") :])
+        if password != b"someone:pass-word" or not self.path.endswith("?sig=a1b2"):
+            self.send_error(403)
+        else:
+            super().do_GET()
+
+
+class EndlessHandler(BaseHTTPRequestHandler):
+    """Sends a file whose end never comes."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(bytes(10_000))
+        except ConnectionError:
+            self.server.left.set()
+
+    def log_message(self, *_):
+        pass
+
+
+@contextmanager
+def web_server(handler) -> Iterator[ThreadingHTTPServer]:
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}", request.param is RangeHandler
+            yield server
         finally:
             server.shutdown()
             thread.join()
+
+
+@pytest.fixture(params=[RangeHandler, SimpleHTTPRequestHandler], ids=["ranges", "plain"])
+def web(request, tmp_path) -> Iterator[tuple[str, bool]]:
+    """A web server of `tmp_path`: its URL, and whether it answers requests for ranges."""
+    with web_server(partial(request.param, directory=tmp_path)) as server:
+        yield f"http://127.0.0.1:{server.server_port}", request.param is RangeHandler
 
 
 def test_inputs_on_the_web(web, engine, images, tmp_path):
@@ -351,7 +386,8 @@ def test_inputs_on_the_web(web, engine, images, tmp_path):
     summary = run_batch(BatchJob(Input(f"{url}/list.txt"), tmp_path / "list.jsonl"), engine)
     assert (summary.counts.images, summary.counts.errors) == (2, 1)
     rows = read_rows(tmp_path / "list.jsonl")
-    assert rows[1]["error"] == f"{names[1]}?token=1: No such file or directory"
+    assert [row["path"] for row in rows] == names
+    assert rows[1]["error"] == f"{names[1]}: No such file or directory"
     # Larger than what is read at once, so that a server without ranges cannot serve it.
     with tarfile.open(tmp_path / "images.tar", "w") as archive:
         for path in sorted(images.rglob("*.png")):
@@ -364,3 +400,57 @@ def test_inputs_on_the_web(web, engine, images, tmp_path):
     else:
         with pytest.raises(InputError, match=r"images\.tar.*(range|more bytes)"):
             run_batch(job, engine)
+
+
+def test_passwords_and_signatures_of_urls_are_not_written(engine, images, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with web_server(partial(PrivateHandler, directory=tmp_path)) as server:
+        host = f"127.0.0.1:{server.server_port}"
+        private = f"http://someone:pass-word@{host}"
+        files = [f"{private}/images/{name}.png?sig=a1b2" for name in ("00000", "missing", "broken")]
+        (tmp_path / "list.txt").write_text("\n".join(files))
+        inputs = (f"{private}/list.txt?sig=a1b2", f"{private}/missing.tar?sig=a1b2")
+        summary = run_batch(BatchJob(Input(inputs), out / "table.jsonl"), engine)
+        other = tuple(name.replace("a1b2", "c3d4") for name in inputs)
+        with pytest.raises(OutputError, match="written by another job"):
+            run_batch(BatchJob(Input(other), out / "table.jsonl"), engine)
+        with pytest.raises(InputError) as raised:
+            run_batch(BatchJob(Input(inputs[1]), out / "none.jsonl"), engine)
+    assert str(raised.value) == f"http://{host}/missing.tar: No such file or directory"
+    rows = read_rows(out / "table.jsonl")
+    paths = [f"http://{host}/{name}" for name in ("images/00000.png", "images/missing.png")]
+    assert [row["path"] for row in rows[:2]] == paths
+    assert rows[1]["error"] == f"{paths[1]}: No such file or directory"
+    assert (summary.counts.images, summary.counts.errors) == (4, 3)
+    written = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
+    shown = written.decode() + repr(summary)
+    assert not re.search("someone|pass-word|a1b2", shown)
+
+
+def test_an_image_without_an_end_is_an_error(engine, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(client_images, "MAX_FILE_BYTES", 100_000)
+    with web_server(EndlessHandler) as server:
+        server.left = threading.Event()
+        url = f"http://127.0.0.1:{server.server_port}/endless.png"
+        (tmp_path / "list.txt").write_text(f"{url}\n{images / '00000.png'}\n")
+        run_batch(BatchJob(Input(str(tmp_path / "list.txt")), tmp_path / "out.jsonl"), engine)
+        assert server.left.wait(30)
+    rows = read_rows(tmp_path / "out.jsonl")
+    errors = [row["error"] for row in rows]
+    assert errors == [f"{url}: expected at most 100000 bytes, got more", None]
+
+
+def test_objects_above_the_limit_and_empty_ones_are_errors(
+    store, bucket, engine, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(client_images, "MAX_FILE_BYTES", 10_000)
+    upload(store, images, f"{bucket}/images")
+    store.pipe_file(f"{bucket}/images/large.png", bytes(10_001))
+    store.pipe_file(f"{bucket}/images/empty.png", b"")
+    run_batch(BatchJob(Input(f"{bucket}/images"), tmp_path / "out.jsonl"), engine)
+    errors = {row["path"]: row["error"] for row in read_rows(tmp_path / "out.jsonl")}
+    assert errors["00000.png"] is None
+    expected = f"{bucket}/images/large.png: expected at most 10000 bytes, got more"
+    assert errors["large.png"] == expected
+    assert errors["empty.png"].endswith("got 0 other bytes")

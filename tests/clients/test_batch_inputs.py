@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from convoy.client import images
 from convoy.client.batch import Input, InputError, Row, Shard, files
 from convoy.client.batch.inputs import Chain
 from convoy.client.errors import ImageError
@@ -325,6 +326,26 @@ def test_links_in_a_tar_are_images_of_their_own(tmp_path, work, suffix):
     for start in range(13):
         rest = [(item.key, content_of(item.image)) for item in source.items(start)]
         assert rest == [(item.key, content_of(item.image)) for item in items[start:]]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "zip"])
+def test_a_member_above_the_limit_of_a_file_is_an_error(tmp_path, work, suffix, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
+    path = tmp_path / f"x.{suffix}"
+    contents = {"small.png": b"s" * 1000, "large.png": b"l" * 1001, "last.png": b"last"}
+    expected = {**contents, "large.png": "image: expected at most 1000 bytes, got 1001"}
+    if suffix == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(path, "w:gz" if suffix == "tar.gz" else "w") as archive:
+            for name, content in contents.items():
+                add(archive, name, content)
+            archive.addfile(link("hard.png", "large.png"))
+        expected["hard.png"] = expected["large.png"]
+    found = {item.key: content_of(item.image) for item in read_items(Input(str(path)), work)}
+    assert found == expected
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])

@@ -12,7 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from convoy.client import AsyncClient, Classification, Client, ImageError, InvalidRequestError
+from convoy.client import (
+    AsyncClient,
+    Classification,
+    Client,
+    ImageError,
+    InvalidRequestError,
+    images,
+)
 
 ORIENTATION = 0x0112
 CASES = Path(__file__).parents[3] / "shared" / "cases"
@@ -163,6 +170,23 @@ def test_an_image_by_http(client, photograph, tmp_path):
             web.shutdown()
             thread.join()
     assert found.classes == client.classify(tmp_path / "image.png", top_k=10).classes
+
+
+def test_a_file_above_the_limit_is_not_read(client, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1000)
+    path = tmp_path / "large.png"
+    path.write_bytes(bytes(1001))
+    with pytest.raises(ImageError, match=r"^image: expected at most 1000 bytes, got 1001$"):
+        client.classify(path)
+    with pytest.raises(ImageError, match=r"large\.png: expected at most 1000 bytes, got more$"):
+        client.classify(f"file://{path}")
+
+
+def test_an_error_shows_a_url_without_its_password_and_query(client):
+    with pytest.raises(ImageError) as raised:
+        client.classify("http://someone:pass-word@127.0.0.1:1/image.png?sig=a1b2")
+    assert str(raised.value).startswith("http://127.0.0.1:1/image.png: ")
+    assert not any(secret in str(raised.value) for secret in ("someone", "pass-word", "a1b2"))
 
 
 def test_arrays_and_tensors_are_the_same_pixels(client, photograph):

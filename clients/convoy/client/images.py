@@ -11,8 +11,11 @@ from PIL import Image
 
 from convoy.client.errors import ClientError, ImageError, UsageError
 from convoy.client.image_file import to_rgb, upright
-from convoy.client.urls import is_url, read_bytes
+from convoy.client.urls import describe_error, is_url, read_bytes, shown
 from convoy.v1 import classifier_pb2 as pb
+
+# 16-bit RGBA at the limit of pixels needs 381 MiB uncompressed.
+MAX_FILE_BYTES = 512 * 2**20
 
 _PREMULTIPLIED = {"RGBa": "RGBA", "La": "LA"}
 
@@ -66,9 +69,8 @@ def classify_request(image: ImageLike, model: str, version: int, top_k: int) -> 
     except ClientError:
         raise
     except OSError as error:
-        named = image if isinstance(image, str | os.PathLike) else "image"
-        reason = error.strerror or str(error) or "cannot be read"
-        raise ImageError(f"{named}: {reason}") from error
+        named = shown(os.fspath(image)) if isinstance(image, str | os.PathLike) else "image"
+        raise ImageError(f"{named}: {describe_error(error)}") from error
     # A user's file object, or a damaged image that Pillow loads only now, can raise anything.
     except Exception as error:
         raise ImageError(f"image: {type(error).__name__}: {error}") from error
@@ -84,6 +86,41 @@ def classify_requests(
             yield classify_request(image, model, version, top_k)
         except ClientError as error:
             yield error
+
+
+def read_image(path: str | os.PathLike[str]) -> bytes:
+    """Read an image file.
+
+    Raises:
+        OSError: It cannot be read.
+        ImageError: It is larger than an image file may be.
+    """
+    with open(path, "rb", buffering=0) as file:
+        check_size(os.fstat(file.fileno()).st_size)
+        return file.read()
+
+
+def download_image(url: str) -> bytes:
+    """Read an image file at a URL.
+
+    Raises:
+        OSError: It cannot be read.
+        ImageError: It is larger than an image file may be.
+    """
+    content = read_bytes(url, MAX_FILE_BYTES)
+    if content is None:
+        raise ImageError(f"{shown(url)}: expected at most {MAX_FILE_BYTES} bytes, got more")
+    return content
+
+
+def check_size(size_bytes: int) -> None:
+    """Check the size of an image file.
+
+    Raises:
+        ImageError: It is larger than an image file may be.
+    """
+    if size_bytes > MAX_FILE_BYTES:
+        raise ImageError(f"image: expected at most {MAX_FILE_BYTES} bytes, got {size_bytes}")
 
 
 def check_in_flight(in_flight: int) -> None:
@@ -105,10 +142,9 @@ def _encoded(image: object) -> bytes:
         case Image.Image():
             return _png(image)
         case str() if is_url(image):
-            return read_bytes(image)
+            return download_image(image)
         case str() | os.PathLike():
-            with open(image, "rb") as file:
-                return file.read()
+            return read_image(image)
     if callable(read := getattr(image, "read", None)):
         content = read()
         if isinstance(content, bytes):

@@ -6,8 +6,10 @@ OSError, as on a disk.
 """
 
 import errno
+import hashlib
 import io
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -36,6 +38,11 @@ _FINAL = (
 )
 _PASSING_STATUS = (408, 429)
 
+# Of the web any user, of other stores one with a password: Azure has a container there.
+_USER = re.compile(r"(https?://)[^/?#\s]*@|(?<=://)[^/?#\s@:]*:[^/?#\s]*@", re.IGNORECASE)
+# Up to what may follow a URL in a message: a quote, a bracket, a colon.
+_QUERY = re.compile(r"(https?://[^\s?#'\"]*)\?\S*?(?=[:'\"),;]*(?:\s|$))", re.IGNORECASE)
+
 
 def is_url(name: str) -> bool:
     """Tell whether a name is a URL."""
@@ -52,6 +59,23 @@ def without_query(name: str) -> str:
     return name.partition("?")[0] if is_web(name) else name
 
 
+def without_secrets(text: str) -> str:
+    """Return a name or a message whose URLs have neither user nor password nor a web query."""
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text)) if "://" in text else text
+
+
+def shown(name: str) -> str:
+    """Return a name for messages, rows and summaries."""
+    return without_secrets(without_query(name)) if is_url(name) else name
+
+
+def identity(name: str) -> str:
+    """Return a name that differs from those of other files, without secrets in clear."""
+    query = name.partition("?")[2] if is_web(name) else ""
+    digest = f"?sha256={hashlib.sha256(query.encode()).hexdigest()[:16]}" if query else ""
+    return shown(name) + digest
+
+
 def open_binary(name: str) -> IO[bytes]:
     """Open a file for reading at any position.
 
@@ -63,14 +87,15 @@ def open_binary(name: str) -> IO[bytes]:
     return open(name, "rb")
 
 
-def read_bytes(url: str) -> bytes:
-    """Read a whole file.
+def read_bytes(url: str, most_bytes: int) -> bytes | None:
+    """Read a whole file; None if it is larger than `most_bytes`, of which no more is read.
 
     Raises:
         OSError: It cannot be read.
     """
-    content: bytes = _asked(url, lambda files, path: files.cat_file(path))
-    return content
+    read = _web_start if is_web(url) else _stored_start
+    content = _asked(url, lambda files, path: read(files, path, most_bytes + 1))
+    return content if len(content) <= most_bytes else None
 
 
 def describe(name: str) -> Mapping[str, object]:
@@ -119,7 +144,7 @@ def names_matching(pattern: str) -> list[str]:
 def describe_error(error: Exception) -> str:
     """Return why a file cannot be read, on one line and without its name."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(reason).split())
+    return " ".join(without_secrets(str(reason)).split())
 
 
 class UrlFolder:
@@ -155,7 +180,8 @@ class UrlFolder:
         Raises:
             OSError: It cannot be read.
         """
-        return read_bytes(f"{self.url}/{name}")
+        content: bytes = self._ask(name, lambda files, path: files.cat_file(path))
+        return content
 
     def put(self, name: str, content: bytes) -> None:
         """Write or replace a file.
@@ -235,6 +261,29 @@ class _RemoteFile(io.RawIOBase):
         super().close()
 
 
+def _web_start(files: Any, path: str, most_bytes: int) -> bytes:
+    """Read the start of a web server's file; one request, also where it answers no ranges."""
+    content = io.BytesIO()
+    # Without blocks the file is a stream; with a size, fsspec does not ask for one first.
+    with files.open(path, "rb", block_size=0, size=1) as stream:
+        while content.tell() < most_bytes and (
+            block := stream.read(min(_BLOCK_BYTES, most_bytes - content.tell()))
+        ):
+            content.write(block)
+    return content.getvalue()
+
+
+def _stored_start(files: Any, path: str, most_bytes: int) -> bytes:
+    try:
+        content: bytes = files.cat_file(path, start=0, end=most_bytes)
+    except Exception:
+        # An empty file has no range.
+        if files.size(path) == 0:
+            return b""
+        raise
+    return content
+
+
 def _opened(files: Any, path: str) -> Any:
     return files.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead")
 
@@ -280,7 +329,7 @@ def _is_final(url: str, error: Exception) -> bool:
 def _as_os_error(url: str, error: Exception) -> OSError:
     cause = _cause(url, error)
     if isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
-        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url)
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), shown(url))
     if isinstance(cause, ImportError):
         needed = getattr(cause.__cause__, "name", None) or cause.name or str(cause)
         return OSError(f"needs the package {needed}: pip install 'convoy-serving[cloud]'")

@@ -25,6 +25,7 @@ from convoy.client.batch.errors import InputError
 from convoy.client.batch.files import IMAGE_SUFFIXES, NO_IMAGE_NAME, FrozenList, is_in
 from convoy.client.batch.items import Item, Shard
 from convoy.client.errors import ImageError
+from convoy.client.images import check_size
 from convoy.client.urls import describe_error, open_binary
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -92,8 +93,8 @@ class TarArchive:
             with _open_stream(self.path) as stream, tempfile.TemporaryFile() as copies:
                 copied = _copy(stream, copies, self.index.facts["linked"])
                 for name, *place in self.index.lines(start):
-                    if place[0] is None:
-                        yield Item(name, ImageError(place[1]))
+                    if error := _why_unreadable(*place):
+                        yield Item(name, error)
                         continue
                     offset, size = place
                     source, at = (copies, copied[offset]) if offset in copied else (stream, offset)
@@ -335,6 +336,17 @@ def _open_stream(path: str) -> Iterator[IO[bytes]]:
                 yield stream
 
 
+def _why_unreadable(offset: int | None, size_or_reason: Any) -> ImageError | None:
+    """Return the error of a member of the index; None if it can be read."""
+    if offset is None:
+        return ImageError(size_or_reason)
+    try:
+        check_size(size_or_reason)
+    except ImageError as error:
+        return error
+    return None
+
+
 def _next_archive(stream: IO[bytes]) -> int | None:
     """Skip zeros from the stream's position; return the position of the first other byte."""
     while block := stream.read(tarfile.BLOCKSIZE):
@@ -353,6 +365,8 @@ def _copy(stream: IO[bytes], copies: IO[bytes], places: list[list[int]]) -> dict
         return {}
     copied: dict[int, int] = {}
     for offset, size in places:
+        if _why_unreadable(offset, size):
+            continue
         stream.seek(offset)
         copied[offset] = copies.tell()
         copies.write(stream.read(size))
@@ -374,7 +388,11 @@ def _zip_lines(
 
 def _zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes | ImageError:
     try:
-        return archive.read(member)
+        check_size(member.file_size)
+        with archive.open(member) as content:
+            return content.read(member.file_size)  # decompresses no more than this at once
+    except ImageError as error:
+        return error
     # Encrypted, damaged, or with an unknown compression: zipfile raises many types.
     except Exception as error:
         return ImageError(f"image: cannot be read from the archive: {error}")

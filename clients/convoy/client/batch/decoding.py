@@ -1,6 +1,5 @@
 """Encoded images to pixels, by the steps stated for ImagePreprocessing in model_manifest.proto."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,12 +10,11 @@ from PIL import Image
 from convoy.client.batch.items import Item
 from convoy.client.errors import ImageError
 from convoy.client.image_file import ImageFileError, decode_rgb, fit, to_rgb
+from convoy.client.images import check_size, read_image
 from convoy.v1 import model_manifest_pb2 as pb
 
 Images = NDArray[np.uint8]
 
-# 16-bit RGBA at the limit of pixels needs 381 MiB uncompressed.
-MAX_FILE_BYTES = 512 * 2**20
 _FILTERS = {
     pb.INTERPOLATION_BILINEAR: Image.Resampling.BILINEAR,
     pb.INTERPOLATION_BICUBIC: Image.Resampling.BICUBIC,
@@ -113,6 +111,7 @@ def decode(image: str | bytes | Images | ImageError, steps: Preprocessing) -> Im
         if isinstance(image, np.ndarray):
             return _fitted(Image.fromarray(image), steps)
         encoded = _read(image) if isinstance(image, str) else image
+        check_size(len(encoded))
         size_px = (steps.width_px, steps.height_px)
         scaled_for = (size_px, steps.resize_shorter_px) if steps.scaled_decoding else None
         return _fitted(decode_rgb(encoded, scaled_for=scaled_for), steps)
@@ -130,12 +129,6 @@ def _fitted(image: Image.Image, steps: Preprocessing) -> Images:
 
 def _read(path: str) -> bytes:
     try:
-        with open(path, "rb", buffering=0) as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes > MAX_FILE_BYTES:
-                raise ImageError(
-                    f"image: expected at most {MAX_FILE_BYTES} bytes, got {size_bytes}"
-                )
-            return file.read()
+        return read_image(path)
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or 'cannot be read'}") from error

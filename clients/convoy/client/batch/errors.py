@@ -14,10 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from convoy.client.errors import ClientError
+from convoy.client.urls import without_secrets
 
 
 class BatchError(ClientError):
-    """A batch job cannot start or continue."""
+    """A batch job cannot start or continue.
+
+    Args:
+        message: One line; users and passwords of URLs, and queries, are removed.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_secrets(message))
 
 
 class InputError(BatchError):

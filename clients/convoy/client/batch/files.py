@@ -26,7 +26,8 @@ from convoy.client import urls
 from convoy.client.batch.errors import InputError
 from convoy.client.batch.items import Item, Shard, batched
 from convoy.client.errors import ImageError
-from convoy.client.urls import UrlFolder, describe_error, is_url, open_binary
+from convoy.client.images import download_image
+from convoy.client.urls import UrlFolder, describe_error, is_url, open_binary, shown
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 NO_IMAGE_NAME = "not named like an image"
@@ -151,13 +152,13 @@ class FileList:
         """Yield the files from number `start` on; of a URL its content, or why there is none."""
         join = _join_url if is_url(self.root) else os.path.join
         return _downloaded(
-            Item(name, name if is_url(name) else join(self.root, name))
+            Item(shown(name), name if is_url(name) else join(self.root, name))
             for name in self.names.lines(start)
         )
 
     def keys(self, start: int) -> Iterator[str]:
-        """Yield their names."""
-        return self.names.lines(start)
+        """Yield their names, without secrets."""
+        return map(shown, self.names.lines(start))
 
     def columns(self, start: int, names: tuple[str, ...]) -> Iterator[Mapping[str, object]]:
         """Files have no columns."""
@@ -308,9 +309,11 @@ def _arrived(item: Item, download: Future[bytes | ImageError] | None) -> Item:
 
 def _download(url: str) -> bytes | ImageError:
     try:
-        return urls.read_bytes(url)
+        return download_image(url)
+    except ImageError as error:
+        return error
     except OSError as error:
-        return ImageError(f"{url}: {describe_error(error)}")
+        return ImageError(f"{shown(url)}: {describe_error(error)}")
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

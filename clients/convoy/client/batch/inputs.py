@@ -75,7 +75,7 @@ class Input:
         Raises:
             InputError: The only input is missing.
         """
-        where = [files.whole_name(name) for name in self.names]
+        where = [urls.identity(files.whole_name(name)) for name in self.names]
         shard = f"{self.shard.index}/{self.shard.count}"
         state: dict[str, object] = {"input": where[0] if len(where) == 1 else where, "shard": shard}
         parts = self._parts()
@@ -151,7 +151,8 @@ class Input:
             except InputError as error:
                 facts = {"reason": str(error)}
                 record = FrozenList.write(failed, (), Counter(), facts)
-        return "", UnreadableInput(name, record.facts["reason"], files.is_in(name, self.shard))
+        is_mine = files.is_in(name, self.shard)
+        return "", UnreadableInput(urls.shown(name), record.facts["reason"], is_mine)
 
     def _open(self, kind: _Kind, name: str, frozen: Path) -> Source:
         match kind:
@@ -358,7 +359,7 @@ def _kind_by_suffix(name: str) -> _Kind:
 
 def _prefix(kind: _Kind, name: str) -> str:
     """Return the prefix that distinguishes keys of several inputs; empty for lists and patterns."""
-    return "" if kind in (_Kind.LIST, _Kind.GLOB) else os.path.join(urls.without_query(name), "")
+    return "" if kind in (_Kind.LIST, _Kind.GLOB) else os.path.join(urls.shown(name), "")
 
 
 def _describe(name: str, *, must_exist: bool) -> Mapping[str, object] | None:

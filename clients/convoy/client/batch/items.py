@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from convoy.client.batch.errors import InputError
 from convoy.client.errors import ImageError
+from convoy.client.urls import without_secrets
 
 T = TypeVar("T")
 Floats = NDArray[np.float32]
@@ -58,7 +59,7 @@ class Row:
         if not self.key.isascii():
             object.__setattr__(self, "key", printable(self.key))
         if self.error is not None:
-            error = " ".join(printable(self.error).split())
+            error = " ".join(printable(without_secrets(self.error)).split())
             object.__setattr__(self, "error", error[:_MAX_ERROR_CHARACTERS] or "unknown error")
 
 

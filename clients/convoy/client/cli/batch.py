@@ -25,6 +25,7 @@ from convoy.client.batch.remote import GrpcEngine
 from convoy.client.batch.summary import BatchSummary, ErrorLimit
 from convoy.client.cli.options import INTERRUPTED, TERMINATED, Model, TopK, complain
 from convoy.client.cli.progress import show_progress
+from convoy.client.urls import shown
 
 TOO_MANY_ERRORS = 3
 STDOUT = "-"
@@ -250,7 +251,7 @@ def evaluate(
     except (OSError, UnicodeDecodeError) as error:
         raise BatchError(f"--labels: {labels}: {error}") from error
     found, counts = evaluate_table(table, label_column, classes)
-    print(f"{table}: {counts.images} images, {counts.errors} errors")
+    print(f"{shown(table)}: {counts.images} images, {counts.errors} errors")
     _show_classes(counts.classes, found)
     _show_accuracy(found, counts.failed)
     if plot:
@@ -335,7 +336,7 @@ def _show_summary(name: str, summary: BatchSummary, *, quiet: bool = False) -> N
     counts, evaluation = summary.counts, summary.evaluation
     left_out = sum(summary.inputs.left_out.values())
     line = (
-        f"{name}: {counts.images} images, {counts.errors} errors"
+        f"{shown(name)}: {counts.images} images, {counts.errors} errors"
         + (f", {summary.earlier} from earlier runs" if summary.earlier else "")
         + (f", {summary.images_per_s:.0f} images/s" if summary.images_per_s else "")
     )
