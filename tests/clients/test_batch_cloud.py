@@ -34,24 +34,24 @@ from convoy.client.batch import (
 from convoy.client.urls import UrlFolder
 from tests.clients.batches import digit_files, local_engine, read_items, read_rows, write_images
 from tests.processes import run_module
-from tests.stores import s3_server
+from tests.stores import gcs_server, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 COUNT = 17
 
 
-@pytest.fixture(scope="module")
-def store() -> Iterator[object]:
-    """An S3 server in this process with an empty bucket; clients find it by the environment."""
-    with s3_server() as server:
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def store(request) -> Iterator[object]:
+    """A store with an empty bucket; clients find it by the environment."""
+    with {"s3": s3_server, "gs": gcs_server}[request.param]() as server:
         yield server.files
 
 
 @pytest.fixture
 def bucket(store, request) -> str:
     """The URL of an empty folder."""
-    return "s3://bucket/" + re.sub(r"\W", "-", request.node.name)
+    return f"{scheme(store)}://bucket/" + re.sub(r"\W", "-", request.node.name)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,10 @@ def images(repository, tmp_path) -> Path:
     (folder / "broken.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("no image")
     return folder
+
+
+def scheme(files) -> str:
+    return "gs" if "gs" in files.protocol else "s3"
 
 
 def names_in(files, url: str) -> list[str]:
@@ -280,18 +284,23 @@ def test_shards_in_a_store_are_merged_evaluated_and_repaired(
 @pytest.mark.parametrize(
     ("source", "out", "message"),
     [
-        ("s3://missing/images", "OUT", "s3://missing/images: "),
-        ("s3://bucket/missing.tar", "OUT", "s3://bucket/missing.tar: No such file or directory"),
-        ("s3://bucket/missing/", "OUT", "s3://bucket/missing/: holds no image"),
+        ("STORE://missing/images", "OUT", "STORE://missing/images: "),
+        (
+            "STORE://bucket/missing.tar",
+            "OUT",
+            "STORE://bucket/missing.tar: No such file or directory",
+        ),
+        ("STORE://bucket/missing/", "OUT", "STORE://bucket/missing/: holds no image"),
         ("nothing://bucket/images", "OUT", "nothing://bucket/images: Protocol not known: nothing"),
         ("http://127.0.0.1:1/list.txt", "OUT", "http://127.0.0.1:1/list.txt: "),
-        ("IMAGES", "s3://missing/out.csv", "--out: s3://missing/out.csv: "),
-        ("IMAGES", "s3://bucket/out.xlsx", "--out: expected a name ending in"),
+        ("IMAGES", "STORE://missing/out.csv", "--out: STORE://missing/out.csv: "),
+        ("IMAGES", "STORE://bucket/out.xlsx", "--out: expected a name ending in"),
         ("IMAGES", "https://127.0.0.1:1/out.csv", "--out: https://127.0.0.1:1/out.csv: "),
     ],
 )
 def test_a_failure_names_the_url(store, engine, images, tmp_path, source, out, message):
-    source = source.replace("IMAGES", str(images))
+    source = source.replace("IMAGES", str(images)).replace("STORE", scheme(store))
+    out, message = (text.replace("STORE", scheme(store)) for text in (out, message))
     with pytest.raises(BatchError) as raised:
         run_batch(BatchJob(Input(source), out.replace("OUT", str(tmp_path / "out.csv"))), engine)
     assert str(raised.value).startswith(message)
@@ -306,9 +315,10 @@ def test_a_job_in_a_store_by_the_command_line(store, bucket, repository, images)
         result = run_module("convoy.client", *command, *flags)
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(f"{bucket}/out-0000{shard[0]}-of-00002.csv: ")
-    failed = run_module("convoy.client", "batch", images, "--out", "s3://missing/o.csv", *flags)
+    missing = f"{scheme(store)}://missing/o.csv"
+    failed = run_module("convoy.client", "batch", images, "--out", missing, *flags)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("convoy-client: --out: s3://missing/o.csv: ")
+    assert failed.stderr.startswith(f"convoy-client: --out: {missing}: ")
     assert failed.stderr.count("\n") == 1, failed.stderr
 
 

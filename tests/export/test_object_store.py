@@ -21,7 +21,7 @@ from convoy.server.models import store
 from convoy.v1 import model_manifest_pb2 as pb
 from tests.export.test_versions import run
 from tests.processes import running_server
-from tests.stores import S3Server, s3_server
+from tests.stores import GcsServer, S3Server, gcs_server, s3_server
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -52,8 +52,8 @@ def publish_once(model: StoredModel, content: bytes = b"weights") -> int:
         return model.publish(staged, seal)
 
 
-def stored(s3: S3Server, url: str) -> dict[str, bytes]:
-    start = url.removeprefix("s3://") + "/"
+def stored(s3: S3Server | GcsServer, url: str) -> dict[str, bytes]:
+    start = url.partition("://")[2] + "/"
     return {path.removeprefix(start): s3.files.cat_file(path) for path in s3.files.find(url)}
 
 
@@ -97,6 +97,18 @@ def test_a_version_is_published_and_served_from_a_store(
 
 
 def test_exporters_at_once_take_different_numbers(s3, url, model):
+    check_that_exporters_at_once_take_different_numbers(s3, url, model)
+
+
+def test_exporters_at_once_to_google_storage_take_different_numbers():
+    with gcs_server() as server:
+        url = "gs://bucket/models"
+        check_that_exporters_at_once_take_different_numbers(server, url, model_in(url, "digits"))
+        promote(model_in(url, "digits"), 3)
+        assert json.loads(stored(server, url)["digits/policy.json"])["version"] == 3
+
+
+def check_that_exporters_at_once_take_different_numbers(s3, url, model):
     contents = [bytes([each]) * 100 for each in range(8)]
     with ThreadPoolExecutor(8) as pool:
         numbers = list(pool.map(lambda content: publish_once(model, content), contents))

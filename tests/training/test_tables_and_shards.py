@@ -19,7 +19,7 @@ from PIL import Image
 from convoy.training.data import Dataset, ImageSet, load_data, open_data
 from convoy.training.data.shards import list_shards
 from convoy.training.errors import DataError
-from tests.stores import s3_server
+from tests.stores import gcs_server, s3_server
 
 CLASSES = ("cat", "dog")
 
@@ -173,18 +173,19 @@ def test_shards_of_any_file_system_that_fsspec_opens(shards: Path, tmp_path: Pat
         check(load_data(f"shards:{pattern}", cache=tmp_path / "cache"), 20, 6)
 
 
-def test_shards_in_a_bucket(shards: Path, tmp_path: Path) -> None:
-    with s3_server() as store:
+@pytest.mark.parametrize(("scheme", "server"), [("s3", s3_server), ("gs", gcs_server)])
+def test_shards_in_a_bucket(shards: Path, tmp_path: Path, scheme: str, server) -> None:
+    with server() as store:
         for path in shards.iterdir():
             store.files.pipe(f"bucket/photos/{path.name}", path.read_bytes())
-        for pattern in ("s3://bucket/photos", "s3://bucket/photos/*.tar"):
+        for pattern in (f"{scheme}://bucket/photos", f"{scheme}://bucket/photos/*.tar"):
             check(load_data(f"shards:{pattern}", cache=tmp_path / "cache"), 20, 6)
         with pytest.raises(DataError, match=r"absent"):
-            load_data("shards:s3://bucket/absent/*.tar", cache=tmp_path / "cache")
+            load_data(f"shards:{scheme}://bucket/absent/*.tar", cache=tmp_path / "cache")
         store.stop()
         # What the cache holds is checked against the store, which is away.
-        with pytest.raises(DataError, match=r"s3://bucket/photos"):
-            load_data("shards:s3://bucket/photos", cache=tmp_path / "cache")
+        with pytest.raises(DataError, match=f"{scheme}://bucket/photos"):
+            load_data(f"shards:{scheme}://bucket/photos", cache=tmp_path / "cache")
 
 
 def test_what_a_tar_lacks_is_one_line(tmp_path: Path) -> None:
