@@ -36,8 +36,9 @@ dist: .venv/.installed  ## build the distributions in dist/ and check them
 	$(BIN)/python -m build --quiet
 	$(BIN)/twine check --strict dist/*
 
-# Each worker runs whole modules, so that a server started for a module is started once.
-WORKERS ?= 2
+# Each worker runs whole modules, so that a server started for a module is started once. Tests wait
+# for a third of their time: three workers keep two processors busy.
+WORKERS ?= 3
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadscope
 
 check: lint  ## format, lint, types and the fast tests: the loop of a change

@@ -75,7 +75,7 @@ def outputs_of(reply: pb.ModelInferResponse) -> dict[str, np.ndarray]:
     return arrays
 
 
-@pytest.fixture(scope="session", params=["h2corn", "front ends"])
+@pytest.fixture(scope="module", params=["h2corn", "front ends"])
 def target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Target]:
@@ -101,7 +101,7 @@ def _describe(address: str, model: str) -> Target:
     return Target(address, model, tensor)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stub(target: Target) -> Iterator[inference_pb2_grpc.GRPCInferenceServiceStub]:
     """The protocol's generated client."""
     with grpc.insecure_channel(target.address) as channel:

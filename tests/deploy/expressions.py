@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -40,6 +41,7 @@ class Expression:
         return frozenset(found)
 
 
+@cache
 def rules(kind: str) -> list[dict]:
     """All rules of a kind, "alert" or "record"."""
     return [

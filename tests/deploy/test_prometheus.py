@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,13 @@ from tests.needs import needs_program
 
 RULE_TESTS = Path(__file__).parent / "rules"
 UNIT_TESTS = sorted(RULE_TESTS.glob("*.yml"))
+
+
+@cache
+def unit_tests() -> list[dict]:
+    """The unit tests of all rules."""
+    return [test for path in UNIT_TESTS for test in yaml.safe_load(path.read_text())["tests"]]
+
 
 needs_promtool = needs_program("promtool", "prometheus")
 
@@ -46,8 +54,7 @@ def test_rules_give_what_their_unit_tests_expect(path):
 def test_every_alert_is_shown_to_fire_and_to_stay_silent(name):
     cases = [
         bool(case["exp_alerts"])
-        for path in UNIT_TESTS
-        for test in yaml.safe_load(path.read_text())["tests"]
+        for test in unit_tests()
         for case in test.get("alert_rule_test", ())
         if case["alertname"] == name
     ]
@@ -57,10 +64,7 @@ def test_every_alert_is_shown_to_fire_and_to_stay_silent(name):
 @pytest.mark.parametrize("rule", rules("record"), ids=lambda rule: rule["record"])
 def test_every_recording_rule_has_a_unit_test(rule):
     tested = " ".join(
-        case["expr"]
-        for path in UNIT_TESTS
-        for test in yaml.safe_load(path.read_text())["tests"]
-        for case in test.get("promql_expr_test", ())
+        case["expr"] for test in unit_tests() for case in test.get("promql_expr_test", ())
     )
     for pattern in re.findall(r'__name__=~"([^"]+)"', tested):
         if re.fullmatch(pattern, rule["record"]):

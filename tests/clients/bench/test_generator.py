@@ -21,9 +21,9 @@ from convoy.client.connection import Connection, ConnectionOptions
 from convoy.v1 import classifier_pb2 as pb
 from tests.clients.conftest import ANSWER, answer, reject_first, scripted_server
 
-# They measure by the real clock: a machine that stalls for a moment fails one of them once, a fault
+# They run by the real clock: a machine that stalls for a moment fails one of them once, a fault
 # in the generator each time.
-pytestmark = [pytest.mark.alone, pytest.mark.flaky(reruns=2)]
+pytestmark = [pytest.mark.slow, pytest.mark.flaky(reruns=2)]
 
 REQUEST = pb.ClassifyRequest(model="m", encoded=b"x").SerializeToString()
 STALL_S = 1.0
@@ -57,6 +57,7 @@ class StallOnce:
         return ANSWER
 
 
+@pytest.mark.alone
 def test_a_stall_of_the_server_shows_in_an_open_loop_but_not_in_a_closed_one():
     stall = StallOnce()
     with generator_for(stall) as (server, generator):
@@ -75,6 +76,7 @@ def test_a_stall_of_the_server_shows_in_an_open_loop_but_not_in_a_closed_one():
     assert closed.offered - closed.good < closed.offered / 100
 
 
+@pytest.mark.alone
 def test_a_stall_of_the_client_shows_and_is_reported():
     with generator_for(answer) as (_, generator):
         (pid,) = generator.worker_pids
@@ -95,6 +97,7 @@ def test_a_stall_of_the_client_shows_and_is_reported():
     assert any("late" in limit for limit in run.client_limits())
 
 
+@pytest.mark.alone
 def test_an_open_loop_keeps_its_times():
     seen_s = []
 
@@ -137,6 +140,7 @@ def test_rejections_are_counted_and_never_retried():
         assert 0 < run.errors["RESOURCE_EXHAUSTED"] <= 2 * 0.5 / 0.01 + 2
 
 
+@pytest.mark.alone
 def test_missed_deadlines_and_abandoned_requests_are_errors():
     gate = threading.Event()
 
@@ -154,6 +158,7 @@ def test_missed_deadlines_and_abandoned_requests_are_errors():
     assert run.good == 0
 
 
+@pytest.mark.alone
 def test_a_closed_loop_keeps_its_requests_in_flight():
     most, now, guard = 0, 0, threading.Lock()
 

@@ -66,7 +66,7 @@ class Servers:
         return self.stack.enter_context(running_server(self.colors, *command))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def servers_of(
     colors: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Callable[[str], Servers]]:

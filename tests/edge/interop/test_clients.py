@@ -56,7 +56,7 @@ class Run:
     outcomes: dict[str, Any]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run_of(
     servers_of: Callable[[str], Servers], descriptors: Path, tmp_path_factory
 ) -> Callable[[str, str], Run]:
@@ -137,7 +137,7 @@ def publish_colors(repository: Path, number: int) -> None:
     staged.rename(folder / str(number))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def reloading_of(tmp_path_factory) -> Iterator[Callable[[str], Reloading]]:
     """A reloading server of a transport, kept for all tests that ask for it."""
     with ExitStack() as stack:
