@@ -230,7 +230,7 @@ class Wandb:
 
     def start(self, settings: Mapping[str, object]) -> None:
         """See `Tracker`."""
-        self._run.config.update(dict(settings))
+        self._run.config.update(dict(settings))  # type: ignore[no-untyped-call]
 
     def write(self, scalars: Mapping[str, float], epoch: int) -> None:
         """See `Tracker`."""
