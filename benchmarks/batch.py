@@ -8,7 +8,8 @@
 alone, on decoded pixels, with the batch size, threads and concurrent runs of the engine; a job with
 `--engine local`; a job with `--engine grpc` and a server on the same processors. Reading files is
 part of decoding, writing the table is part of a job. The bound for `local` is decoding plus ONNX
-Runtime, one after the other, each on all processors.
+Runtime, one after the other, each on all processors. Beside other work compare the processor time,
+which is that of all processes of a run.
 
 `memory` repeats the images until the list has `--rows` rows, and reads the resident memory of the
 process while it runs.
@@ -17,6 +18,7 @@ process while it runs.
 import argparse
 import itertools
 import multiprocessing
+import operator
 import os
 import re
 import statistics
@@ -26,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +50,14 @@ from tests.processes import running_server
 BATCH_SIZE = 64
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a run took."""
+
+    time_s: float
+    processor_s: float
+
+
 def list_images(folder: Path, count: int, listing: Path) -> None:
     """Write a list of `count` images below a folder, the same ones again if they are fewer."""
     found = sorted(path for path in folder.rglob("*") if path.suffix == ".jpg")
@@ -61,6 +72,13 @@ def timed(run: Callable[[], object]) -> float:
     started_s = time.perf_counter()
     run()
     return time.perf_counter() - started_s
+
+
+def processor_s(others: Sequence[int]) -> float:
+    """Processor time of this process, and of other processes by their threads that still run."""
+    tasks = (task for pid in others for task in Path(f"/proc/{pid}/task").iterdir())
+    spent_ns = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+    return time.process_time() + spent_ns / 1e9
 
 
 def job_s(listing: Path, engine: Engine, suffix: str) -> float:
@@ -95,8 +113,15 @@ def measure_speed(arguments: argparse.Namespace, listing: Path) -> None:
         }
         for run in candidates.values():
             run()
+        others = [server.process.pid, *(child.pid for child in multiprocessing.active_children())]
+
+        def measured(run: Callable[[], float]) -> Cost:
+            before_s = processor_s(others)
+            return Cost(run(), processor_s(others) - before_s)
+
         rounds = [
-            {name: run() for name, run in candidates.items()} for _ in range(arguments.rounds)
+            {name: measured(run) for name, run in candidates.items()}
+            for _ in range(arguments.rounds)
         ]
     report(rounds, arguments.images)
 
@@ -105,14 +130,21 @@ def predictor_name(predictor: Predictor) -> str:
     return str(predictor.identity["model"])
 
 
-def report(rounds: Sequence[dict[str, float]], images: int) -> None:
+def report(rounds: Sequence[dict[str, Cost]], images: int) -> None:
     for name in rounds[0]:
-        show(name, [images / each[name] for each in rounds], "{:.0f} images/s")
-    shares = [(each["decoding"] + each["ONNX Runtime"]) / each["local"] for each in rounds]
-    show("local / (decoding + ONNX Runtime)", shares)
-    busy = [each["ONNX Runtime"] / each["local"] for each in rounds]
+        show(name, [images / each[name].time_s for each in rounds], "{:.0f} images/s")
+        spent_us = [each[name].processor_s / images * 1e6 for each in rounds]
+        show(f"{name}, processor time of an image", spent_us, "{:.0f} us")
+    for what, cost in (
+        ("rate", operator.attrgetter("time_s")),
+        ("processor time", operator.attrgetter("processor_s")),
+    ):
+        costs = [{name: cost(found) for name, found in each.items()} for each in rounds]
+        shares = [(each["decoding"] + each["ONNX Runtime"]) / each["local"] for each in costs]
+        show(f"{what}: local / (decoding + ONNX Runtime)", shares)
+        show(f"{what}: grpc / local", [each["local"] / each["grpc"] for each in costs])
+    busy = [each["ONNX Runtime"].time_s / each["local"].time_s for each in rounds]
     show("ONNX Runtime / local, the share of the time that the device is busy", busy)
-    show("grpc / local", [each["local"] / each["grpc"] for each in rounds])
 
 
 def show(name: str, values: Sequence[float], form: str = "{:.2f}") -> None:

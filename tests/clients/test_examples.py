@@ -140,7 +140,11 @@ def test_a_spark_table(seven, tmp_path):
     pq.write_table(table, tmp_path / "images.parquet")
     command = [sys.executable, EXAMPLES / "spark_classify.py"]
     command += [tmp_path / "images.parquet", tmp_path / "labels"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False)
+    # Spark's workers would run the first python3 of PATH.
+    environment = {**os.environ, "PYSPARK_PYTHON": sys.executable}
+    result = subprocess.run(
+        command, capture_output=True, text=True, timeout=250, check=False, env=environment
+    )
     assert result.returncode == 0, result.stderr
     rows = pq.read_table(tmp_path / "labels").sort_by("id").to_pylist()
     assert [row["id"] for row in rows] == list(range(40))

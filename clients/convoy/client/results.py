@@ -62,6 +62,7 @@ class ModelStatus:
         backend: The backend, e.g. "onnx".
         device: The device in use, e.g. "cuda:0".
         provider: The execution provider, e.g. "CUDAExecutionProvider".
+        max_request_images: The most images in a request; 0 if the server does not say.
     """
 
     name: str
@@ -74,6 +75,7 @@ class ModelStatus:
     device: str
     provider: str
     max_batch_size: int
+    max_request_images: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,4 +135,5 @@ def model_status(message: pb.ModelStatus) -> ModelStatus:
         device=message.device,
         provider=message.provider,
         max_batch_size=message.max_batch_size,
+        max_request_images=message.max_request_images,
     )

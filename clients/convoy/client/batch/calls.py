@@ -19,7 +19,7 @@ from convoy.client.errors import (
     from_rpc_error,
     from_status,
 )
-from convoy.client.images import classify_request
+from convoy.client.images import image_form
 from convoy.client.results import ModelStatus
 from convoy.client.tensors import infer_request, inference
 from convoy.oip.v2 import inference_pb2_grpc
@@ -76,12 +76,11 @@ def sendable(item: Item, size_px: tuple[int, int]) -> Sendable:
     if isinstance(image, ImageError):
         raise image
     if isinstance(image, np.ndarray) and image.shape[:2] != size_px:
-        request = classify_request(Image.fromarray(image), "", 0, 0)
+        form = image_form(Image.fromarray(image))
     else:
-        request = classify_request(image, "", 0, 0)
-    if request.HasField("raw"):
-        return Sendable(item.key, pb.Image(raw=request.raw))
-    return Sendable(item.key, pb.Image(encoded=request.encoded))
+        form = image_form(image)
+    message = pb.Image(encoded=form) if isinstance(form, bytes) else pb.Image(raw=form)
+    return Sendable(item.key, message)
 
 
 class ServerCalls:

@@ -9,8 +9,11 @@ in the order of the input and are counted here, so that each item has one row.
 import logging
 import pickle
 import re
+import signal
 import socket
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -113,7 +116,8 @@ class RayEngine:
             # Ray itself would try for minutes.
             if match := _HOST_AND_PORT.fullmatch(address):
                 socket.create_connection((match[1], int(match[2])), _CONNECT_TIMEOUT_S).close()
-            ray.init(address, log_to_driver=False, logging_level="ERROR")
+            with _sigterm_kept():
+                ray.init(address, log_to_driver=False, logging_level="ERROR")
         except (OSError, ValueError, RuntimeError) as error:
             raise EngineError(f"--address: {address}: {_first_line(error)}") from error
 
@@ -166,6 +170,17 @@ class RayEngine:
             step = len(span) if span.step > 1 else count * self._batch_size
             for number in range(first, span.stop, step):
                 yield number, min(step, span.stop - number)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Restore the handler of SIGTERM, which Ray replaces by an exit with code 15."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def classify_dataset(

@@ -17,10 +17,19 @@ import asyncio
 import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -50,11 +59,15 @@ from convoy.client.errors import (
 )
 from convoy.client.results import ModelStatus
 
+T = TypeVar("T")
+
 _REJECTIONS = (OverloadedError, UnavailableError, DeadlineExceededError)
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 2.0
 _LOADING_POLL_S = 0.2
-_IMAGES_A_REQUEST = 32
+# Fewer where the server takes fewer; older servers do not say how many.
+_IMAGES_A_REQUEST = 128
+_IMAGES_IF_UNKNOWN = 32
 _REQUEST_BYTES = 4 * 1024 * 1024
 # After this many server errors for an image, the image itself is suspected.
 _FAULTS_AN_IMAGE = 4
@@ -192,7 +205,7 @@ class GrpcEngine:
         with asyncio.Runner() as runner:
             answers = self._answers(source.items(start), version)
             try:
-                while rows := runner.run(_next(answers)):
+                while rows := _finished(runner.get_loop(), _next(answers)):
                     yield rows
             finally:
                 runner.run(answers.aclose())
@@ -201,6 +214,10 @@ class GrpcEngine:
     def _model(self) -> ModelStatus:
         """The newest version asked for."""
         return self._versions[-1]
+
+    @property
+    def _images_a_request(self) -> int:
+        return min(_IMAGES_A_REQUEST, self._model.max_request_images or _IMAGES_IF_UNKNOWN)
 
     @cached_property
     def _versions(self) -> list[ModelStatus]:
@@ -242,7 +259,7 @@ class GrpcEngine:
         if version not in {each.version for each in self._versions}:
             version = remote.version
         window = AdaptiveWindow(remote.in_flight)
-        most_pending = max(2, 2 * remote.in_flight // _IMAGES_A_REQUEST)
+        most_pending = max(2, 2 * remote.in_flight // self._images_a_request)
         pending: deque[asyncio.Task[list[Row]]] = deque()
         connection = Connection.to(remote.address, remote.timeout_s, self._options)
         async with connection.open_aio() as channel:
@@ -272,6 +289,7 @@ class GrpcEngine:
     def _chunks(self, items: Iterator[Item]) -> Iterator[_Chunk]:
         """Read the items, as many in a chunk as fit in one request."""
         size_px = (self._model.height_px, self._model.width_px)
+        most = self._images_a_request
         chunk, chunk_bytes = _Chunk(), 0
         for item in items:
             try:
@@ -282,7 +300,7 @@ class GrpcEngine:
                 chunk.waiting.append(_Waiting(len(chunk.rows), image))
                 chunk.rows.append(None)
                 chunk_bytes += image.image.ByteSize()
-            if len(chunk.rows) == _IMAGES_A_REQUEST or chunk_bytes >= _REQUEST_BYTES:
+            if len(chunk.rows) == most or chunk_bytes >= _REQUEST_BYTES:
                 yield chunk
                 chunk, chunk_bytes = _Chunk(), 0
         if chunk.rows:
@@ -395,6 +413,21 @@ def _is_ready(client: Client) -> bool:
         return client.health().ready
     except UnsupportedError:  # a server without the Open Inference Protocol
         return True
+
+
+def _finished(loop: asyncio.AbstractEventLoop, rows: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine; an interrupt cancels it, so that the loop can run others.
+
+    `asyncio.Runner.run` would set and reset the handler of SIGINT each time, which costs as much as
+    several images.
+    """
+    task = loop.create_task(rows)
+    try:
+        return loop.run_until_complete(task)
+    except BaseException:
+        task.cancel()
+        loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+        raise
 
 
 async def _next(answers: AsyncGenerator[list[Row]]) -> list[Row]:

@@ -171,8 +171,10 @@ class CsvTable:
         for values_of_class in zip(row.labels, row.indices, row.probabilities, strict=True):
             values += values_of_class
         values += [None] * (1 + 3 * self.layout.top_k - len(values))
-        values += [row.model, row.version, row.error]
-        return [*values, *self.layout.extra_values(row).values()]
+        values += (row.model, row.version, row.error)
+        if self.layout.extra:
+            values += self.layout.extra_values(row).values()
+        return values
 
     def _row(self, record: Mapping[str, str]) -> Row:
         endings = ("", *(f"_{rank}" for rank in range(2, self.layout.top_k + 1)))

@@ -72,22 +72,20 @@ class ClassifierServicer:
             pixels = await self._each_pixels(request.images, model, call.deadline_s)
             decode_s = time.monotonic() - started_s
             reply = pb.ClassifyBatchResponse(model=model.name, version=model.version)
-            rows: Iterator[Scores] = iter(())
+            classes: Iterator[tuple[list[pb.ClassScore], bool]] = iter(())
             intact = [each for each in pixels if isinstance(each, np.ndarray)]
             if intact:
                 prediction = await call.infer(model, np.concatenate(intact), request.priority)
-                rows = iter(prediction.outputs.probabilities)
+                probabilities = prediction.outputs.probabilities
+                classes = _classes(probabilities, request.top_k, model.manifest)
                 reply.times.CopyFrom(_times(prediction, decode_s))
                 reply.batch_size = prediction.batch_size
             for each in pixels:
                 if isinstance(each, InvalidRequestError):
                     reply.results.add(error=_invalid(each))
                     continue
-                probabilities = next(rows)
-                reply.results.add(
-                    classes=_class_scores(probabilities, request.top_k, model.manifest.labels),
-                    abstain=_abstains(probabilities, model.manifest),
-                )
+                scores, abstain = next(classes)
+                reply.results.add(classes=scores, abstain=abstain)
             return reply
 
     async def ListModels(
@@ -169,30 +167,42 @@ def _raw_pixels(image: pb.RawImage, model: ServedModel) -> Images:
 def _response(
     model: ServedModel, top_k: int, prediction: Prediction, decode_s: float
 ) -> pb.ClassifyResponse:
-    probabilities = prediction.outputs.probabilities[0]  # [K]
+    probabilities = prediction.outputs.probabilities  # [1, K]
+    ((classes, abstain),) = _classes(probabilities, top_k, model.manifest)
     return pb.ClassifyResponse(
         model=model.name,
         version=model.version,
-        classes=_class_scores(probabilities, top_k, model.manifest.labels),
+        classes=classes,
         times=_times(prediction, decode_s),
         batch_size=prediction.batch_size,
-        abstain=_abstains(probabilities, model.manifest),
+        abstain=abstain,
     )
 
 
-def _class_scores(probabilities: Scores, top_k: int, labels: Sequence[str]) -> list[pb.ClassScore]:
-    """Return the most probable classes of one image `[K]`, at least one."""
-    return [
-        pb.ClassScore(
-            label=labels[index], index=int(index), probability=float(probabilities[index])
-        )
-        for index in best_classes(probabilities, max(1, top_k))
-    ]
+def _classes(
+    probabilities: Scores, top_k: int, manifest: Manifest
+) -> Iterator[tuple[list[pb.ClassScore], bool]]:
+    """Yield the most probable classes of each image, at least one, and whether it abstains.
 
+    NaN never reaches the threshold.
 
-def _abstains(probabilities: Scores, manifest: Manifest) -> bool:
-    """Return whether no probability of one image `[K]` reaches the threshold; NaN never does."""
-    return not probabilities.max() >= manifest.abstain_threshold
+    Args:
+        probabilities: `[N, K]`.
+        top_k: How many classes.
+        manifest: Of the model.
+    """
+    labels = manifest.labels
+    best = best_classes(probabilities, max(1, top_k))  # [N, k]
+    chosen = np.take_along_axis(probabilities, best, axis=1)
+    reached = probabilities.max(axis=1) >= manifest.abstain_threshold
+    # As Python's numbers: one conversion for all of them.
+    for row in zip(best.tolist(), chosen.tolist(), reached.tolist(), strict=True):
+        indices, values, certain = row
+        scores = [
+            pb.ClassScore(label=labels[index], index=index, probability=value)
+            for index, value in zip(indices, values, strict=True)
+        ]
+        yield scores, not certain
 
 
 def _times(prediction: Prediction, decode_s: float) -> pb.StageTimes:
