@@ -85,7 +85,7 @@ soak: .venv/.installed  ## minutes of load with cancels and swaps; memory must s
 	$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES)
 
 compose-test: .venv/.installed  ## build and run the container stack; skips without a Docker engine
-	$(BIN)/pytest -m compose tests/deploy/test_compose.py
+	$(BIN)/pytest -m compose tests/deploy
 
 COMPILE := UV_NO_CONFIG=1 $(BIN)/uv pip compile --quiet --universal --python-version 3.11 \
 	  --generate-hashes --no-emit-index-url --no-annotate --no-header
