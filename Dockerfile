@@ -45,7 +45,7 @@ FROM ${PYTHON_IMAGE} AS runtime
 RUN rm -rf "$(python -c 'import pip; print(pip.__path__[0])')" /usr/bin/pip* /usr/local/bin/pip* \
  && useradd --uid 10001 --user-group --no-log-init --no-create-home --home-dir /tmp \
       --shell /usr/sbin/nologin convoy \
- && install --directory --owner convoy --group convoy /models /runs
+ && install --directory --owner convoy --group convoy /models /runs /var/cache/convoy
 ENV PATH=/app/bin:/opt/convoy/bin:${PATH} \
     PYTHONPATH=/app \
     PYTHONDONTWRITEBYTECODE=1 \

@@ -20,7 +20,7 @@ VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
 
 def test_the_example_settings_are_the_defaults():
-    files = ("docker-compose.yml", "docker-compose.secure.yml")
+    files = ("docker-compose.yml", "docker-compose.secure.yml", "docker-compose.s3.yml")
     defaults = dict(VARIABLE.findall("".join((ROOT / name).read_text() for name in files)))
     lines = (ROOT / ".env.example").read_text().splitlines()
     example = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
