@@ -264,6 +264,7 @@ def test_the_admin_port_indexes_loads_and_unloads_with_its_own_token(publish, tm
         load.model_name = "colors"
         admin.RepositoryModelLoad(load, metadata=[("authorization", "Bearer old")])
         assert stub.ModelReady(ready, metadata=everyone).ready
+        server.wait_for("admin action", action="load", caller="token 1")
         audited = [
             (line["action"], line["model"], line["caller"], line.get("error", ""))
             for line in server.events

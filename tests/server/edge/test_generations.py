@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import ssl
 import sys
@@ -16,25 +15,7 @@ from convoy.server.edge.listener import Listener
 from convoy.server.metrics.requests import ServerMetrics
 from convoy.server.security.tls import Tls, TlsFiles
 from tests.server.certificates import Authority
-from tests.server.grpc.conftest import Echo, Limits, listener_of
-
-# h2corn closes an idle connection right after its GOAWAY: a request that crosses it is not
-# processed, and the caller may see a reset before the GOAWAY.
-RETRY = {
-    "methodConfig": [
-        {
-            "name": [{}],
-            "retryPolicy": {
-                "maxAttempts": 5,
-                "initialBackoff": "0.01s",
-                "maxBackoff": "0.1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
-OPTIONS = [("grpc.service_config", json.dumps(RETRY))]
+from tests.server.grpc.conftest import RETRIES, Echo, Limits, listener_of
 
 
 async def call_until(stop: asyncio.Event, channel: grpc.aio.Channel) -> int:
@@ -90,7 +71,7 @@ async def test_connections_that_reached_their_age_lose_no_call_that_is_retried()
     listener = listener_of(peers, Limits(age_s=0.6), ServerMetrics(CollectorRegistry()))
     await listener.start()
     stop = asyncio.Event()
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{listener.port}", options=OPTIONS) as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{listener.port}", options=RETRIES) as channel:
         calling = [asyncio.create_task(call_until(stop, channel)) for _ in range(8)]
         await while_calling(peers.wait_for(3), calling)
         stop.set()

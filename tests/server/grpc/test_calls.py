@@ -7,7 +7,7 @@ import grpc
 import pytest
 
 from convoy.server.security.tls import Tls, TlsFiles
-from tests.server.grpc.conftest import MIB, Limits, listener_of
+from tests.server.grpc.conftest import MIB, RETRIES, Limits, listener_of
 
 
 def method(name: str) -> str:
@@ -184,12 +184,12 @@ class TestShortDrain:
 
 
 async def test_no_call_fails_when_a_server_hands_over_to_another(echo, limits, metrics):
-    """Calls that a draining server did not look at are sent again by gRPC itself."""
+    """Calls that a draining server did not look at are sent again."""
     first = listener_of(echo, limits, metrics)
     await first.start()
     port = first.port
     failed = []
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=RETRIES) as channel:
         call = channel.unary_unary(method("Unary"))
 
         async def keep_calling():
