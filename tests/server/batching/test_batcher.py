@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from convoy.server.batching import BatchingLimits, DynamicBatcher, Runner
+from convoy.server.batching import BatchingLimits, DynamicBatcher, LatencyModel, Runner
 from convoy.server.errors import (
     DeadlineExceededError,
     InferenceError,
@@ -64,6 +64,27 @@ async def test_batches_of_the_preferred_size_leave_the_other_instances_their_par
     backend.permits.release(1)
     await backend.wait_for_run()
     assert backend.batches[-1] == [2, 3, 4, 5]
+    backend.permits.release(100)
+    await asyncio.gather(*running, *waiting)
+
+
+@pytest.mark.parametrize(
+    ("eight_images_s", "size"), [(0.008, 5), (0.0015, 8)], ids=["a CPU", "a GPU"]
+)
+async def test_instances_share_what_is_in_flight_where_time_is_proportional_to_the_size(
+    make, backend, eight_images_s, size
+):
+    latency = LatencyModel({1: 0.001, 8: eight_images_s})
+    batcher = make(max_batch_size=8, instances=2, latency=latency)
+    running = []
+    for _ in range(2):
+        running += await queue(batcher, batcher.infer(image(99)))
+        await backend.wait_for_run()
+    # With the image that the other instance runs, nine are in flight.
+    waiting = await queue(batcher, *(batcher.infer(image(value)) for value in range(8)))
+    backend.permits.release(1)
+    await backend.wait_for_run()
+    assert backend.batches[-1] == list(range(size))
     backend.permits.release(100)
     await asyncio.gather(*running, *waiting)
 

@@ -304,6 +304,23 @@ class Scheduler:
             return chosen.due
         return largest if is_deep else min(largest, max(chosen.size, queue.head.waiting))
 
+    def _shared(self, size: int) -> int:
+        """Return a smaller size where a batch would leave too little to the other workers.
+
+        A worker needs no more than its part of the images in flight, where time is proportional to
+        the batch size: the others finish theirs meanwhile.
+        """
+        queue, workers = self._queue, self._workers
+        if queue.images >= len(workers) * size:
+            return size
+        running = sum(worker.batch.size for worker in workers if worker.batch)
+        part = max(queue.head.waiting, -(-(queue.images + running) // len(workers)))
+        if part >= size:
+            return size
+        saved_s = self.latency.mean_s(size) - self.latency.mean_s(part)
+        least_s = _LARGEST_MARGINAL_COST * (size - part) * self.latency.mean_s(1)
+        return part if saved_s > least_s else size
+
     def _can_try(self, size: int) -> bool:
         """Return whether the next batch could be of this size and run under load."""
         queue = self._queue
@@ -324,7 +341,7 @@ class Scheduler:
         dropped: list[InferenceRequest] = []
         trusts_predictions = not self._is_stale(now_s)
         while queue.images:
-            full_size = self._fill_size()
+            full_size = self._shared(self._fill_size())
             size = min(queue.images, full_size)
             if queue.earliest_deadline_s == _NO_DEADLINE or not trusts_predictions:
                 return size, dropped
