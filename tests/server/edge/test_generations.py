@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import socket
 import ssl
 import sys
 from pathlib import Path
@@ -126,6 +127,16 @@ async def test_a_generation_that_opens_while_the_listener_stops_is_ended_too(mon
     await listener.stop()
     assert len(begun) == len(opened) == 2
     assert all(generation.has_ended for generation in opened)
+
+
+async def test_a_socket_that_is_shut_down_before_h2corn_hears_of_the_end_is_no_error():
+    listener = listener_of(Echo(), Limits(), ServerMetrics(CollectorRegistry()))
+    await listener.start()
+    serving = listener._current._serving
+    listener._socket.shutdown(socket.SHUT_RD)
+    await asyncio.wait({serving})
+    assert isinstance(serving.exception(), OSError)
+    await listener.stop()
 
 
 def threads() -> dict[int, str]:

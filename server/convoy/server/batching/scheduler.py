@@ -341,7 +341,9 @@ class Scheduler:
         dropped: list[InferenceRequest] = []
         trusts_predictions = not self._is_stale(now_s)
         while queue.images:
-            full_size = self._shared(self._fill_size())
+            full_size = self._fill_size()
+            if queue.images > 1:
+                full_size = self._shared(full_size)
             size = min(queue.images, full_size)
             if queue.earliest_deadline_s == _NO_DEADLINE or not trusts_predictions:
                 return size, dropped

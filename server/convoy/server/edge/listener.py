@@ -264,6 +264,7 @@ class _Generation:
         self.failed_material: TlsMaterial | None = None
         self._listening = listening
         self._fds: set[int] = set()
+        self._is_ending = False
         # Not `serve()`: that prints a banner and reads the TLS files itself, which may have changed
         # since they were checked.
         tls = prepare_tls(config, _h2corn_tls(material))
@@ -311,6 +312,7 @@ class _Generation:
 
     def shut_down(self) -> None:
         """Stop accepting and begin to drain."""
+        self._is_ending = True
         self._server.shutdown()
 
     async def ended(self) -> None:
@@ -320,6 +322,11 @@ class _Generation:
         except RuntimeError as error:
             # Requests ignored their cancellation.
             logger.error("requests did not end with the drain", error=str(error))
+        except OSError:
+            # `Listener.stop` shuts the socket down. Where h2corn has not heard of the end yet, its
+            # next accept fails.
+            if not self._is_ending:
+                raise
 
 
 def _batch_network_threads() -> None:
