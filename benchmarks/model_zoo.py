@@ -133,7 +133,7 @@ def named_source(name: str) -> ModelSource:
 
 
 def perturb(net: nn.Module) -> None:
-    """Give batch norms statistics like those of a trained net, and heads of zeros random weights."""
+    """Give batch norms statistics as of a trained net, and layers of zeros random weights."""
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.normal_(0, 0.1)

@@ -8,7 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from convoy.server.batching import BatchingLimits, DynamicBatcher, LatencyModel, Runner
+from convoy.server.batching import BatchingLimits, BatchSizes, DynamicBatcher, LatencyModel, Runner
 from convoy.server.errors import (
     DeadlineExceededError,
     InferenceError,
@@ -85,6 +85,23 @@ async def test_instances_share_what_is_in_flight_where_time_is_proportional_to_t
     backend.permits.release(1)
     await backend.wait_for_run()
     assert backend.batches[-1] == list(range(size))
+    backend.permits.release(100)
+    await asyncio.gather(*running, *waiting)
+
+
+async def test_a_size_that_is_tried_is_not_shared(make, backend):
+    sizes = BatchSizes(2, 2, (2, 4))
+    latency = LatencyModel({1: 0.001, 4: 0.004})
+    batcher = make(max_batch_size=4, instances=2, latency=latency, sizes=sizes)
+    running = []
+    for _ in range(2):
+        running += await queue(batcher, batcher.infer(image(99)))
+        await backend.wait_for_run()
+    sizes.preferred.due = 4
+    waiting = await queue(batcher, *(batcher.infer(image(value)) for value in range(4)))
+    backend.permits.release(1)
+    await backend.wait_for_run()
+    assert backend.batches[-1] == [0, 1, 2, 3]
     backend.permits.release(100)
     await asyncio.gather(*running, *waiting)
 

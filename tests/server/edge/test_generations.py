@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from convoy.server.edge.listener import Listener
 from convoy.server.metrics.requests import ServerMetrics
@@ -129,14 +130,33 @@ async def test_a_generation_that_opens_while_the_listener_stops_is_ended_too(mon
     assert all(generation.has_ended for generation in opened)
 
 
-async def test_a_socket_that_is_shut_down_before_h2corn_hears_of_the_end_is_no_error():
+async def test_a_socket_that_h2corn_finds_shut_down_is_logged_and_stops_without_an_error():
     listener = listener_of(Echo(), Limits(), ServerMetrics(CollectorRegistry()))
     await listener.start()
     serving = listener._current._serving
-    listener._socket.shutdown(socket.SHUT_RD)
-    await asyncio.wait({serving})
-    assert isinstance(serving.exception(), OSError)
+    with capture_logs() as lines:
+        listener._socket.shutdown(socket.SHUT_RD)
+        await asyncio.wait({serving})
+        assert isinstance(serving.exception(), OSError)
+        await listener.stop()
+    assert [line["event"] for line in lines] == [
+        "a port is no longer served",
+        "h2corn ended with an error while it was stopped",
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such policy")
+async def test_a_sandbox_that_forbids_the_policy_is_logged_and_no_error(monkeypatch):
+    def forbid(*arguments):
+        raise PermissionError("not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", forbid)
+    listener = listener_of(Echo(), Limits(), ServerMetrics(CollectorRegistry()))
+    with capture_logs() as logs:
+        await listener.start()
     await listener.stop()
+    (line,) = logs
+    assert line["event"] == "the network's threads keep their scheduling policy"
 
 
 def threads() -> dict[int, str]:

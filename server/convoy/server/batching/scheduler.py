@@ -290,29 +290,35 @@ class Scheduler:
             running[each.device] < running[worker.device] for each in self._workers if each.is_idle
         )
 
-    def _fill_size(self) -> int:
+    def _fill_size(self, *, shares: bool = False) -> int:
         """Return up to how many images the next batch is filled.
 
         A larger batch costs fewer hand-overs, but while it runs, its callers and the event loop
         have nothing to do, and the other workers have only what it left. So it is formed only where
         the queue keeps all of them busy meanwhile.
+
+        Args:
+            shares: Whether a batch that would leave too little to the others is smaller, unless it
+                tries a size.
         """
         largest, queue = self.max_batch_size, self._queue
         is_deep = queue.images >= _DEEP_QUEUE_BATCHES * len(self._workers) * largest
         chosen = self._sizes.largest if is_deep else self._sizes.preferred
         if chosen.due and self._can_try(chosen.due):
             return chosen.due
-        return largest if is_deep else min(largest, max(chosen.size, queue.head.waiting))
+        if is_deep:
+            return largest
+        size = min(largest, max(chosen.size, queue.head.waiting))
+        shares = shares and 1 < queue.images < len(self._workers) * size
+        return self._shared(size) if shares else size
 
     def _shared(self, size: int) -> int:
-        """Return a smaller size where a batch would leave too little to the other workers.
+        """Return the part of a worker in what is in flight, if that is less than a size.
 
-        A worker needs no more than its part of the images in flight, where time is proportional to
-        the batch size: the others finish theirs meanwhile.
+        The others finish theirs meanwhile. That helps where time is proportional to the batch size;
+        elsewhere the size stays.
         """
         queue, workers = self._queue, self._workers
-        if queue.images >= len(workers) * size:
-            return size
         running = sum(worker.batch.size for worker in workers if worker.batch)
         part = max(queue.head.waiting, -(-(queue.images + running) // len(workers)))
         if part >= size:
@@ -341,9 +347,7 @@ class Scheduler:
         dropped: list[InferenceRequest] = []
         trusts_predictions = not self._is_stale(now_s)
         while queue.images:
-            full_size = self._fill_size()
-            if queue.images > 1:
-                full_size = self._shared(full_size)
+            full_size = self._fill_size(shares=True)
             size = min(queue.images, full_size)
             if queue.earliest_deadline_s == _NO_DEADLINE or not trusts_predictions:
                 return size, dropped

@@ -283,7 +283,12 @@ class _Generation:
         """Wait until it accepts connections."""
         await self._server.wait_started()
         self._fds = _fds_of(self._listening) - self._fds_before
+        self._serving.add_done_callback(self._note_end)
         _batch_network_threads()
+
+    def _note_end(self, serving: asyncio.Task[None]) -> None:
+        if not self._is_ending and not serving.cancelled() and (error := serving.exception()):
+            logger.critical("a port is no longer served", error=str(error))
 
     def trusts_as(self, other: "_Generation") -> bool:
         """Return whether both trust the same authority of callers' certificates."""
@@ -322,11 +327,12 @@ class _Generation:
         except RuntimeError as error:
             # Requests ignored their cancellation.
             logger.error("requests did not end with the drain", error=str(error))
-        except OSError:
-            # `Listener.stop` shuts the socket down. Where h2corn has not heard of the end yet, its
-            # next accept fails.
+        except OSError as error:
             if not self._is_ending:
                 raise
+            # `Listener.stop` shuts the socket down. Where h2corn has not heard of the end yet, its
+            # next accept fails.
+            logger.info("h2corn ended with an error while it was stopped", error=str(error))
 
 
 def _batch_network_threads() -> None:
@@ -336,10 +342,14 @@ def _batch_network_threads() -> None:
     and a wake-up of its own, while the others follow one by one.
     """
     for thread in _THREADS.iterdir() if _THREADS.is_dir() else []:
-        # A thread may have ended; a sandbox may not permit it.
-        with contextlib.suppress(OSError):
+        try:
             if (thread / "comm").read_text() == _NETWORK_THREAD:
                 os.sched_setscheduler(int(thread.name), os.SCHED_BATCH, os.sched_param(0))
+        except PermissionError as error:
+            logger.info("the network's threads keep their scheduling policy", error=str(error))
+            return
+        except OSError:
+            continue  # the thread has ended meanwhile
 
 
 def _fds_of(listening: socket.socket) -> set[int]:
