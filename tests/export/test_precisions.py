@@ -1,5 +1,6 @@
 """fp16, bf16 and int8 beside float32, of a net that has learnt something."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import onnx
 import pytest
 import torch
 from prometheus_client import CollectorRegistry
+from rich.console import Console
 from torch import nn
 
 from convoy.export import tf32
@@ -23,6 +25,7 @@ from convoy.export.pipeline import ExportOptions, Published, export, load_artifa
 from convoy.export.repository import ModelFolder
 from convoy.export.samples import Samples, load_samples
 from convoy.export.source import ModelSource
+from convoy.export.tables import version_table
 from convoy.export.versions import golden_expectation, read_version, verify
 from convoy.server.backends.device import Device, Runtime
 from convoy.server.batching import BatchingLimits
@@ -124,6 +127,11 @@ def test_int8_is_smaller_per_channel_and_keeps_its_head_in_float(variants: Publi
     assert weights[head.input[1]].data_type == onnx.TensorProto.FLOAT
     sizes = [(variants.path / f"model{kept}.onnx").stat().st_size for kept in ("", ".fp16")]
     assert sizes[1] < 0.75 * sizes[0]
+
+
+def test_a_net_that_int8_suits_has_only_its_head_in_float(variants: Published) -> None:
+    in_int8, layers = variants.int8_layers
+    assert (in_int8, layers) == (layers - 1, layers)
 
 
 def test_int8_products_fit_processors_without_vnni(variants: Published) -> None:
@@ -249,33 +257,73 @@ def test_test_images_are_neither_for_proof_nor_for_calibration() -> None:
     assert not test & {image.tobytes() for image in used}
 
 
+class Lopsided(nn.Module):
+    """One channel dwarfs the others in each pair, so one scale for all activations loses them."""
+
+    def __init__(self, net: nn.Module, pairs: int) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)) for _ in range(pairs)
+        )
+        self.net = net
+        with torch.no_grad():
+            for first, second in self.pairs:
+                for layer in (first, second):
+                    layer.weight.zero_()
+                    layer.bias.zero_()
+                    for channel in range(3):
+                        layer.weight[channel, channel] = 1.0
+                first.weight[3, 0] = 1e4
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        for pair in self.pairs:
+            pixels = pair(pixels)[:, :3]
+        logits: torch.Tensor = self.net(pixels)
+        return logits
+
+
+def export_lopsided(trained: ModelSource, pairs: int, samples: Samples, folder: Path) -> Published:
+    net = Lopsided(trained.net, pairs).eval()
+    source = ModelSource(net, trained.data, 1.0, "0" * 64, "lopsided", {}, {})
+    options = ExportOptions(choose_variants([ArtifactFormat.ONNX], [Precision.INT8]))
+    return export(source, samples, ModelFolder(folder, "digits"), options)
+
+
+@pytest.mark.slow
+def test_layers_that_int8_ruins_stay_in_float(
+    trained: ModelSource, samples: Samples, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = export_lopsided(trained, 1, samples, tmp_path)
+    graph = onnx.load(published.path / "model.int8.onnx").graph
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    in_float = [
+        node
+        for node in graph.node
+        if node.op_type in ("Conv", "Gemm", "MatMul")
+        and node.input[1] in weights
+        and weights[node.input[1]].data_type == onnx.TensorProto.FLOAT
+    ]
+    assert any(list(weights[node.input[1]].dims) == [4, 4, 1, 1] for node in in_float)
+    (record,) = [each for each in caplog.records if "stay in float32" in each.message]
+    assert all(node.name in record.message for node in in_float[:-1]), "all but the head"
+
+    in_int8, layers = published.int8_layers
+    assert layers - in_int8 == len(in_float)
+    assert 2 * in_int8 >= layers
+    shown = Console(width=200, file=io.StringIO())
+    shown.print(version_table(published.manifest, read_version(published.path).int8_layers()))
+    assert f"{in_int8} of {layers} layers in int8" in shown.file.getvalue()
+    limits = BatchingLimits(max_batch_size=2, max_queue_size=4)
+    options = LoadOptions(
+        Runtime.ONNX_RUNTIME, (Device("cpu"),), 1, limits, precision=Precision.INT8.value
+    )
+    ModelLoader(options, ServerMetrics(CollectorRegistry())).load(published.path)
+
+
 @pytest.mark.slow
 def test_a_net_that_int8_ruins_publishes_nothing(
     trained: ModelSource, samples: Samples, tmp_path: Path
 ) -> None:
-    class Lopsided(torch.nn.Module):
-        """One channel dwarfs the others, so one scale for all activations loses them."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = torch.nn.Conv2d(3, 4, 1)
-            self.second = torch.nn.Conv2d(4, 4, 1)
-            self.net = trained.net
-
-        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            small = self.second(self.first(pixels))[:, :3]
-            return self.net(small)
-
-    lopsided = Lopsided()
-    with torch.no_grad():
-        for layer in (lopsided.first, lopsided.second):
-            layer.weight.zero_()
-            layer.bias.zero_()
-            for channel in range(3):
-                layer.weight[channel, channel] = 1.0
-        lopsided.first.weight[3, 0] = 1e4
-    ruined = ModelSource(lopsided.eval(), trained.data, 1.0, "0" * 64, "lopsided", {}, {})
-    options = ExportOptions(choose_variants([ArtifactFormat.ONNX], [Precision.INT8]))
-    with pytest.raises(ParityError, match=r"model.int8.onnx"):
-        export(ruined, samples, ModelFolder(tmp_path, "digits"), options)
+    with pytest.raises(ParityError, match=r"model.int8.onnx.* with \d+ of \d+ layers in int8"):
+        export_lopsided(trained, 12, samples, tmp_path)
     assert not list(tmp_path.iterdir())

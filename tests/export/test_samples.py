@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor, nn
 
 from convoy.export.errors import InputError
 from convoy.export.formats import Precision
 from convoy.export.proof import GATES, prove
-from convoy.export.reference import Expectation, chance_warning, expect
+from convoy.export.reference import Expectation, chance_warning, doubts, expect
 from convoy.export.samples import (
     Samples,
     generate_samples,
@@ -132,6 +133,26 @@ def test_accuracy_at_chance_is_a_warning_that_names_causes(
         assert cause in guessed
     right = replace(expected, labels=expected.outputs.logits[: expected.real_count].argmax(axis=1))
     assert chance_warning(right) is None
+
+
+def test_a_zero_head_is_a_warning(source: ModelSource, unlabeled: Expectation) -> None:
+    class ZeroHead(nn.Module):
+        """A net whose last layer was never trained."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = source.net, nn.Linear(10, 10)
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.net(pixels))
+            return logits
+
+    samples = generate_samples(source.data.preprocessing)
+    (found,) = doubts(expect(replace(source, net=ZeroHead().eval()), samples))
+    assert "the proof shows nothing" in found
+    assert "last layer" in found
+    assert not doubts(unlabeled)
 
 
 def test_it_says_nothing_of_a_handful(

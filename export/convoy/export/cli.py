@@ -393,7 +393,7 @@ def _arguments(settings: list[str] | None) -> dict[str, object]:
 
 def _publish(source: "ModelSource", **wanted: Any) -> None:
     from convoy.export.publisher import Order, publish_source
-    from convoy.export.tables import parity_table
+    from convoy.export.tables import layers_line, parity_table
 
     with Console(stderr=True).status("") as status:
         # Shown on a terminal only.
@@ -402,6 +402,8 @@ def _publish(source: "ModelSource", **wanted: Any) -> None:
     manifest = published.manifest
     title = f"{manifest.name} version {manifest.version} against the eager net"
     Console().print(parity_table(title, published.parities, published.openvino))
+    if published.int8_layers:
+        Console().print(f"model.int8.onnx: {layers_line(published.int8_layers)}", highlight=False)
     Console().print(f"published {published.path}", highlight=False, soft_wrap=True)
 
 
@@ -497,7 +499,7 @@ def show(
 
     folder = local_folder(version)
     found = read_version(folder)
-    table = version_table(found.manifest)
+    table = version_table(found.manifest, found.int8_layers())
     if record := read_canary_record(folder, state_dir or folder.parents[1]):
         table.add_row("canary", canary_line(record, found.manifest_sha256))
     Console().print(table)

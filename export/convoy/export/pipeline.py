@@ -33,7 +33,7 @@ from convoy.export.formats import ArtifactFormat, Precision, Variant
 from convoy.export.manifest import ProvedArtifact
 from convoy.export.onnx_import import OnnxNet
 from convoy.export.proof import GATES, Parity, prove
-from convoy.export.reference import Expectation, chance_warning, expect
+from convoy.export.reference import Expectation, doubts, expect
 from convoy.export.repository import MANIFEST_NAME, Model
 from convoy.export.samples import Samples
 from convoy.export.servable import Images, Run, Servable
@@ -85,12 +85,14 @@ class Published:
         path: Its folder; its URL if it is in an object store.
         parities: The comparison of each artifact with the eager net.
         openvino: The comparison of ONNX artifacts in OpenVINO if installed; a failure as text.
+        int8_layers: How many layers of the int8 artifact are in int8, and how many it has.
     """
 
     path: Path | str
     manifest: pb.ModelManifest
     parities: dict[Variant, Parity]
     openvino: dict[Variant, Parity | str] = field(default_factory=dict)
+    int8_layers: tuple[int, int] | None = None
 
 
 _DTYPES = {
@@ -137,7 +139,7 @@ def export(
     )
     with run_threads(multiply_adds), target.stage() as staged:
         expected = expect(source, proof_data)
-        if warning := chance_warning(expected):
+        for warning in doubts(expected):
             _log.warning("%s", warning)
         workbench = _Workbench(
             source, target.name, staged, expected, proof_data.calibration.images, multiply_adds
@@ -146,6 +148,9 @@ def export(
         verdicts = workbench.ask_openvino(artifacts, options)
         described = workbench.describe(artifacts, proof_data.pictures, verdicts)
         described.abstain_threshold = options.abstain_below
+        layers = [
+            int8.count_layers(each.path) for each in artifacts if each.variant == int8.VARIANT
+        ]
 
         def seal(folder: Path, version: int) -> None:
             described.version = version
@@ -156,7 +161,9 @@ def export(
 
         version = target.publish(staged, seal)
     parities = {artifact.variant: artifact.parity for artifact in artifacts}
-    return Published(target.location(version), described, parities, verdicts)
+    return Published(
+        target.location(version), described, parities, verdicts, next(iter(layers), None)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,20 +178,57 @@ class _Workbench:
     def make(self, variant: Variant, options: ExportOptions) -> ProvedArtifact:
         """Write an artifact, unless it shares a file, and verify the file, which will be served."""
         path = self.folder / variant.file_name
-        if not path.exists():
-            options.progress(f"writing {path.name}")
-            self._write(variant, path, options)
-        run = _load(variant, path)
-        parity = prove(
+        if variant.precision is Precision.INT8 and self.source.precision is not Precision.INT8:
+            parity = self._quantize(variant, path, options)
+        else:
+            if not path.exists():
+                options.progress(f"writing {path.name}")
+                self._write(variant, path, options)
+            parity = self._prove(variant, path, options)
+        options.progress(f"timing {path.name}")
+        return ProvedArtifact(variant, path, parity, self._latencies(variant, path))
+
+    def _prove(self, variant: Variant, path: Path, options: ExportOptions) -> Parity:
+        return prove(
             variant.title,
-            run,
+            _load(variant, path),
             self.expected,
             GATES[variant.precision],
             rows_per_size=self._rows_per_size,
             progress=options.progress,
         )
-        options.progress(f"timing {path.name}")
-        return ProvedArtifact(variant, path, parity, self._latencies(variant, path))
+
+    def _quantize(self, variant: Variant, path: Path, options: ExportOptions) -> Parity:
+        """Write the first int8 graph that passes its gate, and name its layers in float32.
+
+        Raises:
+            InputError: There are no images to calibrate with.
+            ParityError: None passes.
+        """
+        if not len(self.calibration):
+            raise InputError(
+                "precision int8: expected real images for the calibration, by --data or --images"
+            )
+        options.progress(f"writing {path.name}")
+        float_path = self.folder / Variant(variant.format).file_name
+        failure = ""
+        for attempt in int8.attempts(float_path, self.calibration, options.progress):
+            path.write_bytes(attempt.graph.SerializeToString())
+            try:
+                parity = self._prove(variant, path, options)
+            except ParityError as error:
+                layers = "{} of {} layers".format(*int8.count_layers(path))
+                failure = f"{error}, with {layers} in int8"
+                continue
+            if attempt.in_float:
+                _log.warning(
+                    "%s: int8 changes the logits too much in %d layers, which stay in float32: %s",
+                    path.name,
+                    len(attempt.in_float),
+                    ", ".join(attempt.in_float),
+                )
+            return parity
+        raise ParityError(failure)
 
     def ask_openvino(
         self, artifacts: Sequence[ProvedArtifact], options: ExportOptions
@@ -264,15 +308,6 @@ class _Workbench:
             return measure_latencies(LOADERS[variant.format](path), self.expected.images[0])
 
     def _write(self, variant: Variant, path: Path, options: ExportOptions) -> None:
-        if variant.precision is Precision.INT8 and self.source.precision is not Precision.INT8:
-            if not len(self.calibration):
-                raise InputError(
-                    "precision int8: expected real images for the calibration, "
-                    "by --data or --images"
-                )
-            float_path = self.folder / Variant(variant.format).file_name
-            int8.quantize(float_path, path, self.calibration)
-            return
         data = self.source.data
         description = self.source.describe(self.name)
         if isinstance(self.source.net, OnnxNet):

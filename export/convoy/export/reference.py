@@ -20,6 +20,8 @@ from convoy.export.source import ModelSource
 _REFERENCE_BATCH = 64
 _SUM_TOLERANCE = 1e-3
 _FEWEST_FOR_ACCURACY = 30
+_LEAST_SPREAD = 1e-4
+"""Of a logit over all samples, relative to the largest logit: what float32 may differ by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +172,24 @@ def _reference_outputs(source: ModelSource, scores: NDArray[np.float32]) -> Outp
             )
     least = np.float32(LEAST_PROBABILITY[source.output])
     return Outputs(np.log(np.maximum(scores, least)), scores)
+
+
+def doubts(expected: Expectation) -> list[str]:
+    """Return a line for each reason to doubt the net or what the proof shows."""
+    found = (constant_warning(expected), chance_warning(expected))
+    return [warning for warning in found if warning]
+
+
+def constant_warning(expected: Expectation) -> str | None:
+    """Return a warning if the eager net answers all samples alike, else None."""
+    logits = expected.outputs.logits
+    spread = float(np.ptp(logits, axis=0).max())
+    if spread > _LEAST_SPREAD * max(1.0, float(np.abs(logits).max())):
+        return None
+    return (
+        f"the logits of all {len(logits)} samples are equal within {spread:.1e}, so the proof "
+        "shows nothing; check that the weights are trained: is the last layer still zero?"
+    )
 
 
 def chance_warning(expected: Expectation) -> str | None:

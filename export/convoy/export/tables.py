@@ -47,8 +47,13 @@ def _parity_cells(parity: Parity) -> tuple[str, str, str, str]:
     )
 
 
-def version_table(manifest: pb.ModelManifest) -> Table:
-    """Show the content of a manifest."""
+def layers_line(int8_layers: tuple[int, int]) -> str:
+    """Show how many layers of a net are in int8."""
+    return "{} of {} layers in int8, the others in float32".format(*int8_layers)
+
+
+def version_table(manifest: pb.ModelManifest, int8_layers: tuple[int, int] | None = None) -> Table:
+    """Show the content of a manifest, and how many layers of the int8 artifact are in int8."""
     provenance = manifest.provenance
     table = Table(title=f"{manifest.name} version {manifest.version}", show_header=False)
     accuracy = ", ".join(f"{split} {value:.2%}" for split, value in provenance.accuracy.items())
@@ -68,6 +73,8 @@ def version_table(manifest: pb.ModelManifest) -> Table:
         table.add_row(name, value)
     for artifact in manifest.artefacts:
         table.add_row(variant_of(artifact).title, _artifact_line(artifact))
+    if int8_layers:
+        table.add_row("int8", layers_line(int8_layers))
     return table
 
 

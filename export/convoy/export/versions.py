@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from google.protobuf import json_format
 
+from convoy.export import int8
 from convoy.export.cost import run_threads
 from convoy.export.errors import InputError, one_line
 from convoy.export.formats import Precision, Variant, variant_of
@@ -41,6 +42,11 @@ class Version:
     def artifacts(self) -> dict[Variant, pb.Artefact]:
         """Return the artifacts by variant."""
         return {variant_of(artifact): artifact for artifact in self.manifest.artefacts}
+
+    def int8_layers(self) -> tuple[int, int] | None:
+        """Return how many layers of the int8 ONNX file are in int8, and how many it has."""
+        artifact = self.artifacts().get(int8.VARIANT)
+        return int8.count_layers(self.path / artifact.file.name) if artifact else None
 
     def load(self, variant: Variant) -> Run:
         """Return a function that runs an artifact on this process's CPU."""
