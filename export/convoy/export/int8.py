@@ -11,9 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -153,22 +151,40 @@ def _with_float(
     originals = {node.name: node for node in original.graph.node}
     in_int8 = {node.name for node in _quantized_layers(model.graph)} - set(names)
     rounded = _rounded_tensors(original.graph, in_int8)
-    # In the int8 graph the name of a bias is that of its dequantized value.
-    names_of_weights = {
-        tensor.name: f"{tensor.name}.float32" for tensor in original.graph.initializer
-    }
-    for tensor in original.graph.initializer:
-        model.graph.initializer.add().CopyFrom(tensor)
-        model.graph.initializer[-1].name = names_of_weights[tensor.name]
+    present = {tensor.name for tensor in model.graph.initializer}
+    weights = {t.name: t for t in original.graph.initializer if t.name not in present}
+    restored: set[str] = set()
     for node in model.graph.node:
         if node.name not in originals or node.name in in_int8:
             continue
         for index, name in enumerate(originals[node.name].input):
-            if name not in rounded:
-                node.input[index] = names_of_weights.get(name, name)
-    pruned = ir.from_proto(model)
-    RemoveUnusedNodesPass()(pruned)
-    return ir.to_proto(pruned)
+            if name in weights:
+                # In the int8 graph the name of a bias is that of its dequantized value.
+                node.input[index] = f"{name}.float32"
+                restored.add(name)
+            elif name not in rounded:
+                node.input[index] = name
+    for name in sorted(restored):
+        model.graph.initializer.add().CopyFrom(weights[name])
+        model.graph.initializer[-1].name = f"{name}.float32"
+    _drop_unused(model.graph)
+    return model
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove conversions that no node reads, and their constants."""
+    outputs = {value.name for value in graph.output}
+    constants: set[str] = set()
+    for operator in ("DequantizeLinear", "QuantizeLinear"):
+        read = outputs.union(*(node.input for node in graph.node))
+        unused = [n for n in graph.node if n.op_type == operator and n.output[0] not in read]
+        for node in unused:
+            constants.update(node.input)
+            graph.node.remove(node)
+    constants.difference_update(*(node.input for node in graph.node))
+    kept = [tensor for tensor in graph.initializer if tensor.name not in constants]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _rounded_tensors(graph: onnx.GraphProto, in_int8: Collection[str]) -> set[str]:
