@@ -30,7 +30,7 @@ VARIANT = Variant(ArtifactFormat.ONNX, Precision.INT8)
 _OPERATORS = ("Conv", "Gemm", "MatMul")
 _INT8_OPERATORS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger")
 _CALIBRATION_BATCH = 32
-_RANKING_IMAGES = 16
+_RANKING_IMAGES = 32
 _FLOAT_SHARES = (1 / 4, 1 / 2)
 """Shares of the layers that stay in float32 in the last attempts."""
 
