@@ -1,6 +1,7 @@
 """Warm-up with a device whose clock the test owns."""
 
 import gc
+import itertools
 import threading
 
 import numpy as np
@@ -26,6 +27,10 @@ class TimedBackend:
         self.sizes: list[int] = []
         self.runs_s: dict[int, list[float]] = {}
         self._seconds_of = seconds_of
+
+    def elapsed(self) -> float:
+        """Return the time of all runs, as if nothing else took any."""
+        return sum(map(sum, self.runs_s.values()))
 
     def run(self, images: Images) -> Outputs:
         size = len(images)
@@ -117,7 +122,13 @@ def test_twenty_starts_beside_other_work_choose_the_same_sizes():
     for seed in range(20):
         backend = DisturbedBackend(seed, undisturbed_share=0.2)
         times_s = warm_up(
-            [backend], instances(1), (2, 2, 3), 64, clock=TIME, allocate=allocate
+            [backend],
+            instances(1),
+            (2, 2, 3),
+            64,
+            clock=TIME,
+            allocate=allocate,
+            elapsed=backend.elapsed,
         ).table_s
         preferred.add(preferred_size(times_s))
         largest = largest_size(times_s)
@@ -129,9 +140,36 @@ def test_twenty_starts_beside_other_work_choose_the_same_sizes():
 
 def test_measuring_ends_with_the_budget():
     backend = DisturbedBackend(0, undisturbed_share=0.0)
-    warm_up([backend], instances(1), (2, 2, 3), 4, clock=TIME, allocate=allocate, budget_s=0.5)
+    warm_up(
+        [backend],
+        instances(1),
+        (2, 2, 3),
+        4,
+        clock=TIME,
+        allocate=allocate,
+        elapsed=backend.elapsed,
+        budget_s=0.5,
+    )
     counted_s = sum(run_s for size in (1, 2, 4) for run_s in backend.runs_s[size][1:])
     assert 0.5 <= counted_s < 0.5 + max(backend.runs_s[4][1:])
+
+
+def test_handing_the_runs_over_spends_the_budget():
+    backend = DisturbedBackend(0, undisturbed_share=0.0)
+    readings = itertools.count()
+    warm_up(
+        [backend],
+        instances(1),
+        (2, 2, 3),
+        4,
+        clock=TIME,
+        allocate=allocate,
+        # A second from one reading to the next, so that each round takes one.
+        elapsed=lambda: float(next(readings)),
+        budget_s=20.0,
+    )
+    counted = sum(len(backend.runs_s[size]) - 1 for size in (1, 2, 4))
+    assert counted == 20
 
 
 def test_clear_times_leave_the_budget():

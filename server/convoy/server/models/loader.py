@@ -247,7 +247,6 @@ class ModelLoader:
                 options.batch_size or options.limits.max_batch_size,
                 clock=_run_clock(options),
                 allocate=partial(batch_buffer, options.devices[0]),
-                elapsed=time.perf_counter,
                 budget_s=options.warmup_s,
                 whole_range=bool(options.batch_size),
             )

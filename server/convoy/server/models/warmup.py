@@ -1,6 +1,7 @@
 """Warm up a model: run every batch size before the first request, and measure how long it takes."""
 
 import gc
+import heapq
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def warm_up(
     clock: Clock = time.perf_counter,
     *,
     allocate: Allocate,
-    elapsed: Clock | None = None,
+    elapsed: Clock = time.perf_counter,
     budget_s: float = 1.0,
     whole_range: bool = False,
 ) -> LatencyModel:
@@ -59,7 +60,8 @@ def warm_up(
         max_batch_size: The largest batch to run.
         clock: Seconds that a run takes, read on its thread before and after.
         allocate: Allocates batch buffers, like those of the workers.
-        elapsed: Seconds that count towards the budget, read likewise; by default the same.
+        elapsed: Seconds that count towards the budget, read on this thread, so that handing a run
+            over counts too. For a tiny net it takes longer than the run.
         budget_s: The time to measure in, beyond the preparing runs of each size and two others.
         whole_range: Whether to run all sizes up to the largest, whatever they gain.
 
@@ -67,7 +69,7 @@ def warm_up(
         The times that were measured on each device. Every size in it has run there, so no request
         waits for a first run of its size.
     """
-    rounds = _Rounds(backends, threads, clock, elapsed or clock)
+    rounds = _Rounds(backends, threads, clock, elapsed)
     times = _Times(rounds, sample_shape, max_batch_size, allocate, whole_range)
     times.grow(budget_s)
     while times.spent_s < budget_s and not times.are_clear():
@@ -109,8 +111,9 @@ class _Times:
         self._max_batch_size = max_batch_size
         self._allocate = allocate
         self._whole_range = whole_range
-        # By size, then by run, then by device.
-        self._runs_s: dict[int, list[list[float]]] = {}
+        self._runs: dict[int, int] = {}
+        # By size, then by device: the fastest runs, the first one first.
+        self._fastest_s: dict[int, list[list[float]]] = {}
         self.spent_s = 0.0
 
     def grow(self, budget_s: float) -> None:
@@ -122,18 +125,19 @@ class _Times:
                 if size == 1:
                     raise
                 logger.warning("the device has no memory for larger batches", images=size)
-                self._runs_s.pop(size, None)
-                self._max_batch_size = max(self._runs_s)
+                self._runs.pop(size, None)
+                self._fastest_s.pop(size, None)
+                self._max_batch_size = max(self._runs)
 
     def run_unclear(self, budget_s: float) -> None:
         """Run each size whose time is not clear once, within the budget."""
-        for size in self._runs_s:
+        for size in self._runs:
             if self.spent_s < budget_s and not self._is_clear(size):
                 self._run(self._images(size))
 
     def are_clear(self) -> bool:
         """Return whether the time of each size is clear, on each device."""
-        return all(map(self._is_clear, self._runs_s))
+        return all(map(self._is_clear, self._runs))
 
     def fastest_s(self) -> list[dict[int, float]]:
         """Return for each device the time of each size.
@@ -144,20 +148,19 @@ class _Times:
         tables_s = []
         for device in range(self._rounds.devices):
             least_s, table_s = float("inf"), {}
-            for size in reversed(self._runs_s):
-                runs_s = self._runs_s[size]
-                table_s[size] = least_s = min(least_s, *(times_s[device] for times_s in runs_s))
+            for size in reversed(self._fastest_s):
+                table_s[size] = least_s = min(least_s, self._fastest_s[size][device][0])
             tables_s.append(dict(reversed(table_s.items())))
         return tables_s
 
     def _next_size(self) -> int:
         """Return the next size to run; 0 for none."""
-        last = max(self._runs_s, default=0)
+        last = max(self._runs, default=0)
         if last == self._max_batch_size:
             return 0
         useless, best = 0, 0.0
-        for size in self._runs_s:
-            gained = throughput(size, max(map(min, zip(*self._runs_s[size], strict=True))))
+        for size, devices_s in self._fastest_s.items():
+            gained = throughput(size, max(fastest_s for fastest_s, *_ in devices_s))
             useless = 0 if gained > _LEAST_GAIN * best else useless + 1
             best = max(best, gained)
         if useless >= _USELESS_DOUBLINGS and not self._whole_range:
@@ -171,28 +174,30 @@ class _Times:
         end_s = self.spent_s + _FIRST_SHARE * budget_s
         for _ in range(min(_AGREEMENT)):
             self._run(images)
-        while (
-            not self._is_clear(size)
-            and len(self._runs_s[size]) < _FIRST_RUNS
-            and self.spent_s < end_s
-        ):
+        while not self._is_clear(size) and self._runs[size] < _FIRST_RUNS and self.spent_s < end_s:
             self._run(images)
 
     def _run(self, images: Images) -> None:
         times_s, spent_s = self._rounds.run(images)
-        self._runs_s.setdefault(len(images), []).append(times_s)
+        size = len(images)
+        self._runs[size] = self._runs.get(size, 0) + 1
+        # A tiny net runs ten thousand times, and only the fastest count.
+        before_s = self._fastest_s.get(size, [[]] * len(times_s))
+        self._fastest_s[size] = [
+            heapq.nsmallest(max(_AGREEMENT), (*fastest_s, time_s))
+            for fastest_s, time_s in zip(before_s, times_s, strict=True)
+        ]
         self.spent_s += spent_s
 
     def _is_clear(self, size: int) -> bool:
-        def agree(times_s: Sequence[float]) -> bool:
-            fastest_s, *others_s = sorted(times_s)
-            whole_s = fastest_s + HANDOVER_S
+        def agree(fastest_s: Sequence[float]) -> bool:
+            whole_s = fastest_s[0] + HANDOVER_S
             return any(
-                len(times_s) >= runs and others_s[runs - 2] - fastest_s <= share * whole_s
+                len(fastest_s) >= runs and fastest_s[runs - 1] - fastest_s[0] <= share * whole_s
                 for runs, share in _AGREEMENT.items()
             )
 
-        return all(map(agree, zip(*self._runs_s[size], strict=True)))
+        return all(map(agree, self._fastest_s[size]))
 
     def _images(self, size: int) -> Images:
         images = self._allocate((size, *self._sample_shape))
@@ -206,8 +211,8 @@ class _Rounds:
     Args:
         backends: The model on each of its devices.
         threads: As many threads; the first runs the first backend, and so on around.
-        clock: Seconds that a run takes.
-        elapsed: Seconds that count towards the budget.
+        clock: Seconds that a run takes, read on its thread.
+        elapsed: Seconds that a round takes, read on the caller's thread.
     """
 
     def __init__(
@@ -234,18 +239,20 @@ class _Rounds:
         return self._backends[0].fixed_shapes
 
     def run(self, images: Images) -> tuple[list[float], float]:
-        """Return for each device the time of its slowest run, and the time that all took."""
+        """Return for each device the time of its slowest run, and the time of the round."""
 
-        def take_s(number: int) -> tuple[float, float]:
+        def take_s(number: int) -> float:
             backend = self._backends[number % len(self._backends)]
             self._all_ready.wait()
-            started_s, before_s = self._clock(), self._elapsed()
+            started_s = self._clock()
             backend.run(images)
-            return self._clock() - started_s, self._elapsed() - before_s
+            return self._clock() - started_s
 
+        before_s = self._elapsed()
         runs = [thread.call(partial(take_s, n)) for n, thread in enumerate(self._threads)]
         # A run that fails must not leave others behind, which would hold up the next round.
         wait(runs)
-        times_s, spent_s = zip(*(run.result() for run in runs), strict=True)
+        times_s = [run.result() for run in runs]
+        spent_s = self._elapsed() - before_s
         devices = len(self._backends)
-        return [max(times_s[device::devices]) for device in range(devices)], max(spent_s)
+        return [max(times_s[device::devices]) for device in range(devices)], spent_s
