@@ -17,6 +17,8 @@ BATCH_SIZE = 64
 LOGIT = 5.0
 """Of the label; the others are 0. Softmax makes 0.94 of it, as trained with smoothed labels."""
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+LEAST_STD = 0.01
+"""Features that vary less on digits get no larger weights: on noise they may vary more."""
 NORM_BIAS = 1.0
 """With a bias of 0, a dozen random layers with ReLU tell nothing about the image."""
 
@@ -119,7 +121,7 @@ def set_head(head: nn.Linear | nn.Conv2d, features: Tensor, targets: Tensor) -> 
         features: Its inputs `[N, F]` float64.
         targets: Logits `[N, K]` float64.
     """
-    center, scale = features.mean(0), features.std(0).clamp_min(1e-6)
+    center, scale = features.mean(0), features.std(0).clamp_min(LEAST_STD)
     x = (features - center) / scale
     fitted, held_out = slice(0, None, 2), slice(1, None, 2)
 
