@@ -16,6 +16,7 @@ process while it runs.
 """
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import operator
@@ -77,7 +78,11 @@ def timed(run: Callable[[], object]) -> float:
 def processor_s(others: Sequence[int]) -> float:
     """Processor time of this process, and of other processes by their threads that still run."""
     tasks = (task for pid in others for task in Path(f"/proc/{pid}/task").iterdir())
-    spent_ns = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+    spent_ns = 0
+    for task in tasks:
+        # A thread may end meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            spent_ns += int((task / "schedstat").read_text().split()[0])
     return time.process_time() + spent_ns / 1e9
 
 
@@ -104,7 +109,7 @@ def measure_speed(arguments: argparse.Namespace, listing: Path) -> None:
         running_server(arguments.repository, *flags) as server,
     ):
         work = partial(decode, predictor.steps)
-        remote = RemoteModel(server.address, predictor_name(predictor), 0, 1, 30.0, 256, 60.0)
+        remote = RemoteModel(server.address, predictor_name(predictor), 0, 1, 30.0, 512, 60.0)
         candidates: dict[str, Callable[[], float]] = {
             "decoding": lambda: timed(lambda: sum(pool.map(work, chunks))),
             "ONNX Runtime": lambda: timed(lambda: list(device.map(predictor.run, decoded))),

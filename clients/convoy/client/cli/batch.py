@@ -149,7 +149,7 @@ def batch(
             help="grpc: largest number of images in flight; lowered while the server rejects some.",
             min=1,
         ),
-    ] = 256,
+    ] = 512,
     timeout_s: Annotated[
         float, typer.Option(help="grpc: the deadline of a request, in seconds.", min=0.001)
     ] = 30.0,
