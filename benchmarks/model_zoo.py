@@ -63,7 +63,6 @@ LARGE = (
     *("efficientnet_b0", "densenet121", "resnet50", "resnext50_32x4d", "alexnet"),
     *("timm:swin_tiny_patch4_window7_224", "swin_t", "convnext_tiny", "swin_v2_t"),
     *("efficientnet_v2_s", "inception_v3", "vit_b_16", "vgg11_bn"),
-    "timm:maxvit_tiny_tf_224",
 )
 # It takes no less than 75 px.
 SIZES_PX = {"inception_v3": 80}
