@@ -82,7 +82,7 @@ def main() -> None:
         cells = [
             spread(list(values), digits)
             for found in (alone, both)
-            for values, digits in zip(zip(*found[kind], strict=True), (0, 1), strict=False)
+            for values, digits in zip(zip(*found[kind], strict=True), (0, 1), strict=True)
         ]
         rows.append(
             [f"{kind}, {getattr(arguments, kind)} in flight", *cells, spread(shares[kind], 2)]

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from convoy.server.batching import InstanceThread
+from convoy.server.batching import InstanceThread, LatencyModel
 from convoy.server.batching.sizes import largest_size, preferred_size, throughput
 from convoy.server.errors import DeviceMemoryError
 from convoy.server.models.warmup import settle_memory, warm_up
@@ -62,6 +62,13 @@ def allocate(shape: tuple[int, ...]) -> Images:
 
 def instances(count: int) -> list[InstanceThread]:
     return [InstanceThread(number) for number in range(count)]
+
+
+def warm_up_one(backend: TimedBackend, most: int, **options: object) -> LatencyModel:
+    """Warm up one device with one instance."""
+    return warm_up(
+        [backend], instances(1), (2, 2, 3), most, clock=TIME, allocate=allocate, **options
+    )
 
 
 def test_sizes_double_while_larger_batches_are_faster():
@@ -121,15 +128,7 @@ def test_twenty_starts_beside_other_work_choose_the_same_sizes():
     preferred, throughputs = set(), []
     for seed in range(20):
         backend = DisturbedBackend(seed, undisturbed_share=0.2)
-        times_s = warm_up(
-            [backend],
-            instances(1),
-            (2, 2, 3),
-            64,
-            clock=TIME,
-            allocate=allocate,
-            elapsed=backend.elapsed,
-        ).table_s
+        times_s = warm_up_one(backend, 64, elapsed=backend.elapsed).table_s
         preferred.add(preferred_size(times_s))
         largest = largest_size(times_s)
         throughputs.append(throughput(largest, 0.003 * largest))
@@ -140,16 +139,7 @@ def test_twenty_starts_beside_other_work_choose_the_same_sizes():
 
 def test_measuring_ends_with_the_budget():
     backend = DisturbedBackend(0, undisturbed_share=0.0)
-    warm_up(
-        [backend],
-        instances(1),
-        (2, 2, 3),
-        4,
-        clock=TIME,
-        allocate=allocate,
-        elapsed=backend.elapsed,
-        budget_s=0.5,
-    )
+    warm_up_one(backend, 4, elapsed=backend.elapsed, budget_s=0.5)
     counted_s = sum(run_s for size in (1, 2, 4) for run_s in backend.runs_s[size][1:])
     assert 0.5 <= counted_s < 0.5 + max(backend.runs_s[4][1:])
 
@@ -157,17 +147,8 @@ def test_measuring_ends_with_the_budget():
 def test_handing_the_runs_over_spends_the_budget():
     backend = DisturbedBackend(0, undisturbed_share=0.0)
     readings = itertools.count()
-    warm_up(
-        [backend],
-        instances(1),
-        (2, 2, 3),
-        4,
-        clock=TIME,
-        allocate=allocate,
-        # A second from one reading to the next, so that each round takes one.
-        elapsed=lambda: float(next(readings)),
-        budget_s=20.0,
-    )
+    # A second from one reading to the next, so that each round takes one.
+    warm_up_one(backend, 4, elapsed=lambda: float(next(readings)), budget_s=20.0)
     counted = sum(len(backend.runs_s[size]) - 1 for size in (1, 2, 4))
     assert counted == 20
 
