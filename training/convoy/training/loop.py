@@ -86,9 +86,8 @@ class Trainer:
         wrapped = self._group.wrap(net)
         self._forward = torch.compile(wrapped) if recipe.compile else wrapped
         device = train.labels.device
-        self._autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=_in_bfloat16(recipe, device)
-        )
+        reduced = precision_on(device, recipe) is torch.bfloat16
+        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=reduced)
         draws = torch.Generator().manual_seed(recipe.seed)
         self._coins = torch.randint(2, (self._count,), generator=draws)  # [N]
         self.steps_per_epoch = len(self._split(torch.arange(self._count)))
@@ -320,7 +319,9 @@ class Trainer:
             return
         if self._recipe.clip_norm:
             nn.utils.clip_grad_norm_(self._net.parameters(), self._recipe.clip_norm)
-        self._optimizer.step()
+        # Muon's matrix products gain as much as the net's.
+        with self._autocast:
+            self._optimizer.step()
         if self._average:
             self._average.update()
 
@@ -353,10 +354,19 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def _in_bfloat16(recipe: Recipe, device: torch.device) -> bool:
-    if recipe.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return recipe.precision == "bfloat16"
+def precision_on(device: torch.device, recipe: Recipe) -> torch.dtype:
+    """Return the type in which a training step computes products and convolutions."""
+    match recipe.precision, device.type:
+        case ("bfloat16", _):
+            fits = True
+        case ("auto", "cuda"):
+            fits = torch.cuda.is_bf16_supported()
+        case ("auto", _):
+            # Without AMX, a CPU is slower in bfloat16. Older releases of torch do not tell.
+            fits = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+        case _:
+            fits = False
+    return torch.bfloat16 if fits else torch.float32
 
 
 def _training_mode(net: nn.Module) -> None:
