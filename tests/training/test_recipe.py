@@ -13,7 +13,7 @@ from convoy.training.schedules import rate_factor, size_px
 def test_the_package_ships_the_recipes() -> None:
     assert recipes.names() == (
         *("digits", "fast", "finetune", "finetune-strong"),
-        *("lecture", "lecture-resnet", "scratch-224"),
+        *("lecture", "lecture-resnet", "scratch-224", "wide"),
     )
     for name in recipes.names():
         recipes.load_recipe(name)
