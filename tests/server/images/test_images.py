@@ -3,6 +3,9 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,6 +334,12 @@ def test_a_file_may_take_ten_seconds_of_processor_time(monkeypatch):
         decode_image(with_scans(480, 4000), PLAIN, 50_000_000)
     # All of its scans would take several seconds.
     assert time.thread_time() - started_s < 1.5
+
+
+def test_the_time_that_a_process_was_stopped_is_not_processor_time(monkeypatch):
+    clock = SimpleNamespace(monotonic=partial(next, count(0, 60)), thread_time=time.thread_time)
+    monkeypatch.setattr(image_file, "time", clock)
+    assert decode(encode(gradient(), "JPEG")).shape == (8, 12, 3)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ BYTES_A_PIXEL = 12
 WEBP_BYTES_A_PIXEL = 16
 
 _LOOK_EVERY_S = 0.01
+# The most work between two looks.
+_MAX_UNSEEN_S = 0.3
 _STRIP_PIXELS = 1 << 18
 # Bytes x pixels that the JPEG decoder gets at once: at most about 0.3 s of work.
 _JPEG_FEED = 1 << 35
@@ -154,8 +156,9 @@ class _Watch:
         processor_s = time.thread_time()
         if self._processor_started_s is None:
             # Asking at the start would cost each small file a system call. Until the first look the
-            # processor took no more time than passed.
-            self._processor_started_s = processor_s - (now_s - self._started_s)
+            # processor took no more time than passed, and less if the process was stopped.
+            passed_s = min(now_s - self._started_s, _MAX_UNSEEN_S)
+            self._processor_started_s = processor_s - passed_s
         if processor_s - self._processor_started_s > MAX_PROCESSOR_S:
             raise ImageFileError(f"expected at most {MAX_PROCESSOR_S:g} s of processor time")
 
