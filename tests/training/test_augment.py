@@ -134,6 +134,19 @@ def test_torchvisions_transforms_draw_anew_for_each_image_and_epoch(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_draws_are_those_of_a_seeded_process_and_no_device_is_seeded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seeding devices for each image would take as long as the transforms."""
+    recipe = Recipe(image_size=16, resize_shorter_px=18, crop="random_resized", seed=7)
+    augmentation = ImageAugmentation(recipe, preprocessing(recipe))
+    seed = np.random.SeedSequence((7, 2, 5)).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(seed))
+    expected = augmentation._transform(PHOTO).permute(1, 2, 0)
+    monkeypatch.setattr(torch, "manual_seed", None)
+    assert torch.equal(augmentation(PHOTO, 2, 5), expected)
+
+
 def test_a_recipe_without_transforms_needs_none() -> None:
     assert not augments_images(Recipe(flip="random", shift_px=2, mixup_alpha=0.2))
     assert make_mixer(Recipe(), 4) is None

@@ -3,6 +3,8 @@
 The random choices differ for every image.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -182,11 +184,25 @@ class ImageAugmentation:
         if self._steps is not None:
             image = Image.fromarray(preprocess(image, self._steps))
         state = np.random.SeedSequence((self._seed, epoch, index)).generate_state(1, np.uint64)
-        # The transforms draw from the process's generator.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(state[0]))
+        with _seeded(int(state[0])):
             planes: Tensor = self._transform(image)  # [3, H, W] uint8
         return planes.permute(1, 2, 0).contiguous()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the process's CPU generator, from which the transforms draw, for the block.
+
+    torch.manual_seed would seed all devices too: it notes the call stack for each kind that is not
+    initialized, which takes as long as the transforms.
+    """
+    generator = torch.default_generator
+    before = generator.get_state()
+    try:
+        generator.manual_seed(seed)
+        yield
+    finally:
+        generator.set_state(before)
 
 
 def augments_images(recipe: Recipe) -> bool:
