@@ -84,7 +84,7 @@ def trace_layers(net: nn.Module, shape: Shape) -> list[Layer]:
             computed = output_shape(module, tuple(inputs[0].shape[1:])) or tuple(output.shape[1:])
             own = 0 if module in seen else sum(p.numel() for p in module.parameters())
             seen.add(module)
-            work = _multiply_adds(module, computed)
+            work = multiply_adds(module, computed)
             layers.append(Layer(name, type(module).__name__, computed, own, work))
 
         return hook
@@ -102,7 +102,8 @@ def trace_layers(net: nn.Module, shape: Shape) -> list[Layer]:
     return layers
 
 
-def _multiply_adds(module: nn.Module, output: Shape) -> int:
+def multiply_adds(module: nn.Module, output: Shape) -> int:
+    """Return the multiply-adds of a convolution or linear layer for one output; else 0."""
     elements = int(torch.Size(output).numel())
     if isinstance(module, nn.Conv2d):
         return elements * module.weight[0].numel()

@@ -19,6 +19,7 @@ from convoy.training.augment import cutout, draw, make_mixer, move, scale
 from convoy.training.distributed import Group
 from convoy.training.errors import DivergedError, RecipeError, StoppedError
 from convoy.training.evaluate import Evaluation, predict
+from convoy.training.memory_format import fastest_format
 from convoy.training.normalization import Normalization
 from convoy.training.optim import make_average, make_optimizer, penalty
 from convoy.training.readers import Reader
@@ -75,7 +76,10 @@ class Trainer:
                 f"batch_size: expected at most the {self._count} training images, "
                 f"got {recipe.batch_size}"
             )
-        self._net = net.to(memory_format=torch.channels_last)
+        device = train.labels.device
+        reduced = precision_on(device, recipe) is torch.bfloat16
+        self._format = fastest_format(net, recipe.image_size, device, bfloat16=reduced)
+        self._net = net.to(memory_format=self._format)
         self._recipe = recipe
         self._normalization = normalization
         self._train, self._valid = train, valid
@@ -85,8 +89,6 @@ class Trainer:
         self._average = make_average(net, recipe)
         wrapped = self._group.wrap(net)
         self._forward = torch.compile(wrapped) if recipe.compile else wrapped
-        device = train.labels.device
-        reduced = precision_on(device, recipe) is torch.bfloat16
         self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=reduced)
         draws = torch.Generator().manual_seed(recipe.seed)
         self._coins = torch.randint(2, (self._count,), generator=draws)  # [N]
@@ -164,7 +166,7 @@ class Trainer:
         total = len(reader.labels)
         mine = self._group.share(torch.arange(total))
         pixels = reader.read(torch.split(mine, _EVALUATED_AT_ONCE))
-        batches = map(self._normalization.apply, _until(stop, pixels))
+        batches = map(self._normalized, _until(stop, pixels))
         logits = self._group.gather(predict(self.net, batches), total)
         return Evaluation(logits, reader.labels.cpu())
 
@@ -234,14 +236,18 @@ class Trainer:
             draws = draw(recipe, self._coins[batch], self.epoch, random)
             draws = draws[group.rank :: group.size]
             size = size_px(recipe, self._done)
-            images = self._normalization.apply(scale(move(pixels, draws), size))
+            images = self._normalized(scale(move(pixels, draws), size))
             if draws.centers is not None:
                 shrunk = size / recipe.image_size
                 centers = (draws.centers * shrunk).long()
                 images = cutout(images, centers, round(recipe.cutout_px * shrunk))
             labels = self._train.labels[indices.to(images.device)]
             weight = len(indices) * group.size / len(batch)
-            yield images.contiguous(memory_format=torch.channels_last), labels, weight
+            yield images, labels, weight
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        """Map `[N, H, W, 3]` uint8 to `[N, 3, H, W]` float32, in the net's memory format."""
+        return self._normalization.apply(pixels).contiguous(memory_format=self._format)
 
     def _order(self, random: torch.Generator) -> Tensor:
         """Return the indices of an epoch's images."""

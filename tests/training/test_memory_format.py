@@ -1,0 +1,71 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from convoy.training import nets
+from convoy.training.data import ImageSet
+from convoy.training.loop import Trainer
+from convoy.training.memory_format import fastest_format
+from convoy.training.normalization import Normalization
+from convoy.training.readers import MemoryReader
+from convoy.training.recipe import Recipe
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("resnet18", 32, torch.contiguous_format),
+        ("resnet18", 64, torch.contiguous_format),
+        ("resnet18", 224, torch.channels_last),
+        ("mobilenet_v3_small", 64, torch.channels_last),
+        ("convnext_tiny", 64, torch.channels_last),
+        ("airbench", 32, torch.channels_last),
+        ("net_res_deep", 32, torch.channels_last),
+    ],
+)
+def test_dense_convolutions_over_small_maps_get_planes(
+    name: str, size: int, expected: torch.memory_format
+) -> None:
+    net = nets.create(name, image_size=size)
+    assert fastest_format(net, size, CPU, bfloat16=False) is expected
+
+
+def test_gpus_and_bfloat16_get_channels_last() -> None:
+    net = nets.create("resnet18", image_size=32)
+    assert fastest_format(net, 32, CUDA, bfloat16=False) is torch.channels_last
+    assert fastest_format(net, 32, CPU, bfloat16=True) is torch.channels_last
+
+
+def test_the_choice_leaves_the_net_as_it_is() -> None:
+    net = nets.create("resnet18", image_size=32).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    fastest_format(net, 32, CPU, bfloat16=False)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(module.training and not module._forward_hooks for module in net.modules())
+
+
+class Watched(nn.Module):
+    """One convolution, over small or large maps; notes the format of what it gets."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3, stride)
+        self.planes: set[bool] = set()
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.planes.add(images.is_contiguous() and self.convolution.weight.is_contiguous())
+        return self.convolution(images).mean((2, 3))
+
+
+@pytest.mark.parametrize(("stride", "planes"), [(4, True), (1, False)])
+def test_training_and_validation_get_the_nets_format(stride: int, planes: bool) -> None:
+    pixels = torch.arange(16 * 12 * 12 * 3).view(16, 12, 12, 3).to(torch.uint8)
+    reader = MemoryReader(ImageSet(pixels.numpy(), (torch.arange(16) % 4).numpy()), CPU)
+    net = Watched(stride)
+    recipe = Recipe(batch_size=8, image_size=12, flip="random")
+    trainer = Trainer(net, recipe, Normalization((0.5,) * 3, (0.25,) * 3), reader, reader)
+    net.planes.clear()
+    trainer.run_epoch(lambda: None)
+    assert net.planes == {planes}
