@@ -369,7 +369,8 @@ def precision_on(device: torch.device, recipe: Recipe) -> torch.dtype:
             fits = torch.cuda.is_bf16_supported()
         case ("auto", _):
             # Without AMX, a CPU is slower in bfloat16. Older releases of torch do not tell.
-            fits = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+            known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+            fits = known.get("amx_bf16", False)
         case _:
             fits = False
     return torch.bfloat16 if fits else torch.float32
