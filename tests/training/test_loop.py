@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from convoy.training import checkpoints, nets
 from convoy.training.data import ImageSet
 from convoy.training.errors import DivergedError, RecipeError, StoppedError
 from convoy.training.evaluate import Evaluation, fit_temperature, predict
-from convoy.training.loop import Trainer, precision_on
+from convoy.training.loop import Trainer, choose_precision
 from convoy.training.normalization import Normalization, measure
 from convoy.training.optim import layer_depths, make_optimizer, orthogonalized, penalty
 from convoy.training.readers import MemoryReader
@@ -203,6 +204,19 @@ def test_muon_moves_kernels_by_orthogonal_steps_and_the_rest_as_sgd() -> None:
     torch.testing.assert_close(step, orthogonalized(gradient), atol=1e-5, rtol=1e-4)
 
 
+def test_muon_takes_the_same_steps_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    steps = []
+    for precision in ("float32", "bfloat16"):
+        settings = {"optimizer": "muon", "precision": precision, "muon_lr": 0.3}
+        trainer = make_trainer(model="net", **settings)
+        before = trainer.net.conv2.weight.clone()
+        run(trainer, 1)
+        steps.append((trainer.net.conv2.weight - before).flatten())
+    assert not torch.equal(*steps)
+    assert functional.cosine_similarity(*steps, dim=0) > 0.95
+
+
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
 def test_orthogonalized_evens_the_singular_values_and_keeps_the_vectors(
     shape: tuple[int, int],
@@ -246,10 +260,26 @@ def test_a_cpu_with_amx_trains_in_bfloat16_by_default(
     default, explicit = (make_trainer(precision=name) for name in ("auto", named))
     run(default, 1)
     run(explicit, 1)
+    assert default.precision is getattr(torch, named)
     assert torch.equal(weights(default), weights(explicit))
-    assert precision_on(torch.device("cpu"), Recipe()) is getattr(torch, named)
-    for recipe in ("lecture", "lecture-resnet", "digits"):
-        assert precision_on(torch.device("cpu"), load_recipe(recipe)) is torch.float32
+    for name in ("lecture", "lecture-resnet", "digits"):
+        recipe = load_recipe(name)
+        net = nets.create(recipe.model, **recipe.model_arguments)
+        assert choose_precision(recipe, torch.device("cpu"), net) is torch.float32
+
+
+def test_no_cpu_trains_in_bfloat16_where_a_map_is_smaller_than_the_stride(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At 8 px the last stage of resnet18 gets one pixel, which its stride of 2 leaves."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert make_trainer(model="resnet18", precision="auto").precision is torch.float32
+    with pytest.raises(RecipeError, match="precision: expected float32 on a CPU for resnet18"):
+        make_trainer(model="resnet18", precision="bfloat16")
+    growing = {"growth_share": 0.5, "start_px": 16, "image_size": 32, "precision": "auto"}
+    net, cpu = nets.create("resnet18"), torch.device("cpu")
+    assert choose_precision(Recipe(**growing), cpu, net) is torch.float32
+    assert choose_precision(Recipe(**growing | {"start_px": 20}), cpu, net) is torch.bfloat16
 
 
 @pytest.mark.slow

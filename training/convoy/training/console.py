@@ -21,7 +21,7 @@ from convoy.training.data.images import printable
 from convoy.training.describe import Layer
 from convoy.training.distributed import is_first_process, local_rank
 from convoy.training.errors import RecipeError
-from convoy.training.loop import EpochResult, precision_on
+from convoy.training.loop import EpochResult, Trainer
 from convoy.training.recipe import Recipe
 from convoy.training.run import AnyDataset, RunOptions, run
 from convoy.training.run import Progress as RunProgress
@@ -61,10 +61,10 @@ def run_with_progress(recipe: Recipe, options: RunOptions) -> None:
     )
     task: TaskID = bar.add_task("steps", total=None)
 
-    def on_start(data: AnyDataset, steps: int) -> None:
-        bar.update(task, total=steps)
+    def on_start(data: AnyDataset, trainer: Trainer) -> None:
+        bar.update(task, total=trainer.steps_left)
         sizes = f"{len(data.train)} train, {len(data.valid)} valid, {len(data.test)} test"
-        precision = str(precision_on(options.device, recipe)).removeprefix("torch.")
+        precision = str(trainer.precision).removeprefix("torch.")
         kept = "" if isinstance(data.train, ImageSet) else ", streamed from their files"
         console.print(
             f"{printable(options.data)}: {sizes}, {len(data.classes)} classes{kept}; "

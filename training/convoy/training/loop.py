@@ -16,10 +16,10 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from convoy.training.augment import cutout, draw, make_mixer, move, scale
+from convoy.training.cpu_kernels import fastest_format, trains_in_bfloat16
 from convoy.training.distributed import Group
 from convoy.training.errors import DivergedError, RecipeError, StoppedError
 from convoy.training.evaluate import Evaluation, predict
-from convoy.training.memory_format import fastest_format
 from convoy.training.normalization import Normalization
 from convoy.training.optim import make_average, make_optimizer, penalty
 from convoy.training.readers import Reader
@@ -77,7 +77,8 @@ class Trainer:
                 f"got {recipe.batch_size}"
             )
         device = train.labels.device
-        reduced = precision_on(device, recipe) is torch.bfloat16
+        self.precision = choose_precision(recipe, device, net)
+        reduced = self.precision is torch.bfloat16
         self._format = fastest_format(net, recipe.image_size, device, bfloat16=reduced)
         self._net = net.to(memory_format=self._format)
         self._recipe = recipe
@@ -360,20 +361,32 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def precision_on(device: torch.device, recipe: Recipe) -> torch.dtype:
-    """Return the type in which a training step computes products and convolutions."""
-    match recipe.precision, device.type:
-        case ("bfloat16", _):
-            fits = True
-        case ("auto", "cuda"):
-            fits = torch.cuda.is_bf16_supported()
-        case ("auto", _):
-            # Without AMX, a CPU is slower in bfloat16. Older releases of torch do not tell.
-            known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-            fits = known.get("amx_bf16", False)
-        case _:
-            fits = False
-    return torch.bfloat16 if fits else torch.float32
+def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module) -> torch.dtype:
+    """Return the type in which a training step computes products and convolutions.
+
+    Raises:
+        RecipeError: The recipe names bfloat16, in which a CPU cannot train this net.
+    """
+    if device.type == "cuda":
+        fits = torch.cuda.is_bf16_supported()
+    else:
+        smallest_px = min(recipe.start_px, recipe.image_size)
+        px = smallest_px if recipe.growth_share else recipe.image_size
+        fits = recipe.precision != "float32" and trains_in_bfloat16(net, px)
+        if recipe.precision == "bfloat16" and not fits:
+            raise RecipeError(
+                f"precision: expected float32 on a CPU for {recipe.model} with images of {px} px, "
+                "whose maps become smaller than a stride, got bfloat16"
+            )
+        fits = fits and _has_amx()
+    wanted = recipe.precision == "bfloat16" or (recipe.precision == "auto" and fits)
+    return torch.bfloat16 if wanted else torch.float32
+
+
+def _has_amx() -> bool:
+    """Tell whether the CPU is faster in bfloat16; older releases of torch do not tell."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("amx_bf16", False))
 
 
 def _training_mode(net: nn.Module) -> None:

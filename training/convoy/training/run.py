@@ -84,7 +84,7 @@ class RunOptions:
 class Progress:
     """Receives the progress of a run."""
 
-    on_start: Callable[[AnyDataset, int], None]
+    on_start: Callable[[AnyDataset, Trainer], None]
     on_step: Callable[[], None]
     on_epoch: Callable[[EpochResult], None]
 
@@ -131,7 +131,7 @@ def run(recipe: Recipe, options: RunOptions, progress: Progress) -> Checkpoint:
         )
         trainer = Trainer(net.to(options.device), recipe, normalization, train, valid, group=group)
         prepare_folder(options.out, trainer, template, options.resume, group)
-        progress.on_start(data, trainer.steps_left)
+        progress.on_start(data, trainer)
         tracking = (
             Journal(options.out, options.trackers, recipe.as_dict(), trainer.epoch)
             if group.is_first

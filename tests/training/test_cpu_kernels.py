@@ -3,9 +3,9 @@ import torch
 from torch import Tensor, nn
 
 from convoy.training import nets
+from convoy.training.cpu_kernels import fastest_format, trains_in_bfloat16
 from convoy.training.data import ImageSet
 from convoy.training.loop import Trainer
-from convoy.training.memory_format import fastest_format
 from convoy.training.normalization import Normalization
 from convoy.training.readers import MemoryReader
 from convoy.training.recipe import Recipe
@@ -69,3 +69,40 @@ def test_training_and_validation_get_the_nets_format(stride: int, planes: bool) 
     net.planes.clear()
     trainer.run_epoch(lambda: None)
     assert net.planes == {planes}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("airbench", 28, True),
+        ("net_res_deep", 8, True),
+        ("resnet18", 32, True),
+        ("resnet18", 16, False),
+        ("vit_b_16", 32, True),
+        ("mobilenet_v3_small", 32, True),
+        ("mobilenet_v3_small", 8, False),
+    ],
+)
+def test_maps_smaller_than_a_stride_rule_bfloat16_out(name: str, size: int, expected: bool) -> None:
+    assert trains_in_bfloat16(nets.create(name, image_size=size), size) is expected
+
+
+def gradient(side: int, stride: int, kernel: int, dtype: torch.dtype) -> Tensor:
+    torch.manual_seed(0)
+    images = torch.randn(16, 64, side, side)
+    convolution = nn.Conv2d(64, 64, kernel, stride, kernel // 2)
+    # Memory that is not written holds what was in it before.
+    stale = [torch.full((1 << 16,), torch.nan) for _ in range(8)]
+    del stale
+    with torch.autocast("cpu", dtype, enabled=dtype is torch.bfloat16):
+        convolution(images).float().square().sum().backward()
+    return convolution.weight.grad
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7])
+@pytest.mark.parametrize(("side", "stride"), [(1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 2)])
+def test_other_gradients_in_bfloat16_are_those_of_float32(
+    side: int, stride: int, kernel: int
+) -> None:
+    wanted, got = (gradient(side, stride, kernel, t) for t in (torch.float32, torch.bfloat16))
+    assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
