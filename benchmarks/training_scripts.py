@@ -160,7 +160,7 @@ class Running:
             )
 
     def epoch_s(self) -> float:
-        """Let it go on until it reports an epoch; return the seconds."""
+        """Let it run until it reports an epoch; return the seconds."""
         before, began = self._epochs(), time.perf_counter()
         self._send(signal.SIGCONT)
         while self._epochs() == before:
