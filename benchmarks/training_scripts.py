@@ -38,7 +38,6 @@ _CONVOY = """
     --set mixup_alpha=0.0 --set cutmix_alpha=0.0 --set average=none --set precision=float32
     --set mean=[0.485,0.456,0.406] --set std=[0.229,0.224,0.225]
 """
-# In torchvision's resnet18 the blocks do not begin as identities.
 _TIMM = """
     {timm} {data} --output {out} --experiment run --seed {seed} --epochs {epochs} --device cpu
     --model {timm_model} --num-classes 10 --input-size 3 {px} {px} --crop-pct {crop_share}
@@ -79,6 +78,7 @@ RandomResizedCrop.__init__ = functools.partialmethod(
 sys.path.insert(0, script.rpartition("/")[0])
 runpy.run_path(script, run_name="__main__")
 """
+# In torchvision's resnet18 the blocks do not begin as identities.
 _TIMM_MODELS = {
     "resnet18": ("resnet18", "zero_init_last=False"),
     "mobilenet_v3_small": ("mobilenetv3_small_100", "drop_rate=0.2"),
@@ -145,6 +145,10 @@ def accuracies(name: str, folder: Path) -> list[float]:
     return [float(words[words.index("Acc@1") + 1]) / 100 for words in found]
 
 
+def _end_of_log(folder: Path) -> str:
+    return (folder / "log").read_text()[-2000:]
+
+
 class Running:
     """A script in a process group of its own, stopped except during `epoch_s`."""
 
@@ -165,7 +169,7 @@ class Running:
         self._send(signal.SIGCONT)
         while self._epochs() == before:
             if self._process.poll() is not None:
-                raise RuntimeError((self._folder / "log").read_text()[-2000:])
+                raise RuntimeError(_end_of_log(self._folder))
             time.sleep(_LOOK_EVERY_S)
         self._send(signal.SIGSTOP)
         return time.perf_counter() - began
@@ -215,7 +219,9 @@ def compare_accuracy(setup: Setup, seeds: Sequence[int]) -> None:
         for name in setup.commands(seed, ""):
             with tempfile.TemporaryDirectory() as out, Path(out, "log").open("w") as log:
                 command = setup.commands(seed, out)[name]
-                subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+                ran = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT)
+                if ran.returncode:
+                    raise RuntimeError(_end_of_log(Path(out)))
                 found.setdefault(name, []).append(accuracies(name, Path(out))[-1])
             print(f"{name}, seed {seed}: {found[name][-1]:.4f}", file=sys.stderr, flush=True)
     rows = []

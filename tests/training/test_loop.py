@@ -269,12 +269,13 @@ def test_a_cpu_with_amx_trains_in_bfloat16_by_default(
 
 
 def test_no_cpu_trains_in_bfloat16_where_a_map_is_smaller_than_the_stride(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At 8 px the last stage of resnet18 gets one pixel, which its stride of 2 leaves."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert make_trainer(model="resnet18", precision="auto").precision is torch.float32
-    with pytest.raises(RecipeError, match="precision: expected float32 on a CPU for resnet18"):
+    assert "float32 instead of bfloat16: with images of 8 px resnet18" in caplog.text
+    with pytest.raises(RecipeError, match="precision: expected float32 on a CPU, got bfloat16"):
         make_trainer(model="resnet18", precision="bfloat16")
     growing = {"growth_share": 0.5, "start_px": 16, "image_size": 32, "precision": "auto"}
     net, cpu = nets.create("resnet18"), torch.device("cpu")

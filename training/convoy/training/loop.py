@@ -4,6 +4,7 @@ Every epoch has its own random seed, so a run resumed after epoch n gives the sa
 uninterrupted one, and equal seeds give bit-equal weights on a CPU.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from convoy.training.optim import make_average, make_optimizer, penalty
 from convoy.training.readers import Reader
 from convoy.training.recipe import Recipe
 from convoy.training.schedules import rate_factor, size_px
+
+_log = logging.getLogger(__name__)
 
 _EVALUATED_AT_ONCE = 500
 # To agree on a stop, all processes wait for the device.
@@ -364,22 +367,25 @@ def _set_random_state(state: dict[str, Tensor]) -> None:
 def choose_precision(recipe: Recipe, device: torch.device, net: nn.Module) -> torch.dtype:
     """Return the type in which a training step computes products and convolutions.
 
+    A CPU stays in float32, with a warning, where `trains_in_bfloat16` is false.
+
     Raises:
         RecipeError: The recipe names bfloat16, in which a CPU cannot train this net.
     """
+    named = recipe.precision
     if device.type == "cuda":
-        fits = torch.cuda.is_bf16_supported()
+        wanted = named == "bfloat16" or (named == "auto" and torch.cuda.is_bf16_supported())
     else:
-        smallest_px = min(recipe.start_px, recipe.image_size)
-        px = smallest_px if recipe.growth_share else recipe.image_size
-        fits = recipe.precision != "float32" and trains_in_bfloat16(net, px)
-        if recipe.precision == "bfloat16" and not fits:
-            raise RecipeError(
-                f"precision: expected float32 on a CPU for {recipe.model} with images of {px} px, "
-                "whose maps become smaller than a stride, got bfloat16"
+        wanted = named == "bfloat16" or (named == "auto" and _has_amx())
+        px = min(recipe.start_px, recipe.image_size) if recipe.growth_share else recipe.image_size
+        if wanted and not trains_in_bfloat16(net, px):
+            reason = (
+                f"with images of {px} px {recipe.model} has maps that are smaller than a stride"
             )
-        fits = fits and _has_amx()
-    wanted = recipe.precision == "bfloat16" or (recipe.precision == "auto" and fits)
+            if named == "bfloat16":
+                raise RecipeError(f"precision: expected float32 on a CPU, got bfloat16: {reason}")
+            _log.warning("precision: float32 instead of bfloat16: %s", reason)
+            wanted = False
     return torch.bfloat16 if wanted else torch.float32
 
 

@@ -98,7 +98,8 @@ class Recipe:
         freeze_backbone: Train the head alone; everything before it keeps its weights and its batch
             norm's statistics.
         precision: Of the training step; `auto` is bfloat16 on a GPU that has it and on a CPU with
-            AMX, and float32 elsewhere. Evaluation is in float32.
+            AMX, and float32 elsewhere and for nets that a CPU cannot train in bfloat16. Evaluation
+            is in float32.
         compile: Compile the training step with torch.compile.
         patience: Epochs without a better validation loss before the run stops; 0: no limit.
         seed: Equal seeds give bit-equal weights on a CPU.
