@@ -3,14 +3,10 @@
 That is the order of weights and images in memory, and the precision.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from convoy.training.describe import multiply_adds
-from convoy.training.evaluate import predict
+from convoy.training.describe import Layer, trace_layers
 
 _SMALL_PX = 4
 _SMALL_SHARE = 1 / 3
@@ -46,35 +42,14 @@ def trains_in_bfloat16(net: nn.Module, image_size: int) -> bool:
     return not any(
         isinstance(layer.module, nn.Conv2d)
         and any(
-            side < stride for side, stride in zip(layer.map_px, layer.module.stride, strict=True)
+            side < stride for side, stride in zip(layer.input[1:], layer.module.stride, strict=True)
         )
         for layer in _traced(net, image_size)
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """A convolution or linear layer, and the shapes that it had for one image."""
-
-    module: nn.Module
-    map_px: tuple[int, ...]
-    output: tuple[int, ...]
-
-
-def _traced(net: nn.Module, image_size: int) -> list[_Layer]:
-    found: list[_Layer] = []
-
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        found.append(_Layer(module, tuple(inputs[0].shape[2:]), tuple(output.shape[1:])))
-
-    layers = [module for module in net.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    handles = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        predict(net, [torch.zeros(1, 3, image_size, image_size)])
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def _traced(net: nn.Module, image_size: int) -> list[Layer]:
+    return trace_layers(net, (3, image_size, image_size), nn.Conv2d | nn.Linear)
 
 
 def _share_on_small_maps(net: nn.Module, image_size: int) -> float:
@@ -84,14 +59,14 @@ def _share_on_small_maps(net: nn.Module, image_size: int) -> float:
     for the former and up to three times as fast for nets of the latter.
     """
     works = [
-        (multiply_adds(layer.module, layer.output), _is_dense(layer.module) and _is_small(layer))
+        (layer.multiply_adds, _is_dense(layer.module) and _is_small(layer))
         for layer in _traced(net, image_size)
     ]
     total = sum(work for work, _ in works)
     return sum(work for work, small in works if small) / total if total else 0.0
 
 
-def _is_small(layer: _Layer) -> bool:
+def _is_small(layer: Layer) -> bool:
     return max(layer.output[1:]) <= _SMALL_PX
 
 

@@ -1,12 +1,14 @@
 """A net layer by layer: the lecture's slide "Layer math" for any net."""
 
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from convoy.training import nets
+from convoy.training.evaluate import evaluation_mode
 
 Shape = tuple[int, ...]
 
@@ -17,17 +19,30 @@ class Layer:
 
     Attributes:
         name: Of the module in the net, e.g. resblocks.0.conv.
-        kind: Its class.
+        module: The module.
+        input: Shape of its first argument, without the batch axis.
         output: Shape without the batch axis.
         parameters: Its own; 0 if the module was called before and shares them.
-        multiply_adds: Of a convolution or linear layer; 0 for other layers.
     """
 
     name: str
-    kind: str
+    module: nn.Module
+    input: Shape
     output: Shape
     parameters: int
-    multiply_adds: int
+
+    @property
+    def kind(self) -> str:
+        """The module's class."""
+        return type(self.module).__name__
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of a convolution or linear layer; 0 for other layers."""
+        elements = int(torch.Size(self.output).numel())
+        if isinstance(self.module, nn.Conv2d):
+            return elements * self.module.weight[0].numel()
+        return elements * self.module.in_features if isinstance(self.module, nn.Linear) else 0
 
 
 def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
@@ -69,45 +84,49 @@ def describe(name: str, **arguments: object) -> list[Layer]:
     Raises:
         NetError: The name or an argument is invalid.
     """
-    net = nets.create(name, **arguments).eval().to("meta")
+    net = nets.create(name, **arguments).to("meta")
     size = arguments.get("image_size", 32)
     return trace_layers(net, (3, size, size))  # type: ignore[arg-type]
 
 
-def trace_layers(net: nn.Module, shape: Shape) -> list[Layer]:
-    """Run one image of `shape` through a net on the meta device and note every leaf module."""
+def trace_layers(
+    net: nn.Module, shape: Shape, kinds: type[nn.Module] | UnionType = nn.Module
+) -> list[Layer]:
+    """Run one image through a net in evaluation mode and note every call of a leaf module.
+
+    Args:
+        net: On any device; on the meta device nothing is computed.
+        shape: Of the image, `[C, H, W]`.
+        kinds: The classes of the modules to note.
+    """
     layers: list[Layer] = []
     seen: set[nn.Module] = set()
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            computed = output_shape(module, tuple(inputs[0].shape[1:])) or tuple(output.shape[1:])
+            given = tuple(inputs[0].shape[1:])
+            computed = output_shape(module, given) or tuple(output.shape[1:])
             own = 0 if module in seen else sum(p.numel() for p in module.parameters())
             seen.add(module)
-            work = multiply_adds(module, computed)
-            layers.append(Layer(name, type(module).__name__, computed, own, work))
+            layers.append(Layer(name, module, given, computed, own))
 
         return hook
 
     handles = [
         module.register_forward_hook(note(name))
         for name, module in net.named_modules()
-        if not list(module.children()) and not isinstance(module, nn.Identity)
+        if isinstance(module, kinds)
+        and not list(module.children())
+        and not isinstance(module, nn.Identity)
     ]
+    device = next(net.parameters()).device
     try:
-        net(torch.empty(1, *shape, device="meta"))
+        with evaluation_mode(net):
+            net(torch.zeros(1, *shape, device=device))
     finally:
         for handle in handles:
             handle.remove()
     return layers
-
-
-def multiply_adds(module: nn.Module, output: Shape) -> int:
-    """Return the multiply-adds of a convolution or linear layer for one output; else 0."""
-    elements = int(torch.Size(output).numel())
-    if isinstance(module, nn.Conv2d):
-        return elements * module.weight[0].numel()
-    return elements * module.in_features if isinstance(module, nn.Linear) else 0
 
 
 def _pair(value: Any) -> tuple[int, int]:
