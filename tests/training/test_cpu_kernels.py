@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from convoy.training import nets
 from convoy.training.cpu_kernels import fastest_format, trains_in_bfloat16
 from convoy.training.data import ImageSet
+from convoy.training.describe import trace_layers
 from convoy.training.loop import Trainer
 from convoy.training.normalization import Normalization
 from convoy.training.readers import MemoryReader
@@ -106,3 +107,19 @@ def test_other_gradients_in_bfloat16_are_those_of_float32(
 ) -> None:
     wanted, got = (gradient(side, stride, kernel, t) for t in (torch.float32, torch.bfloat16))
     assert (got - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+class SamePadded(nn.Conv2d):
+    """Pads by its input's size, as nets ported from TensorFlow do."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(nn.functional.pad(images, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("kind", ["derived", "parametrized"])
+def test_unusual_convolutions_are_traced(kind: str) -> None:
+    convolution = SamePadded(3, 4, 3) if kind == "derived" else nn.Conv2d(3, 4, 3, padding=1)
+    if kind == "parametrized":
+        nn.utils.parametrizations.weight_norm(convolution)
+    layers = trace_layers(nn.Sequential(convolution), (3, 8, 8), (nn.Conv2d, nn.Linear))
+    assert [(layer.input, layer.output) for layer in layers] == [((3, 8, 8), (4, 8, 8))]

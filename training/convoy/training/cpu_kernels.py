@@ -49,7 +49,7 @@ def trains_in_bfloat16(net: nn.Module, image_size: int) -> bool:
 
 
 def _traced(net: nn.Module, image_size: int) -> list[Layer]:
-    return trace_layers(net, (3, image_size, image_size), nn.Conv2d | nn.Linear)
+    return trace_layers(net, (3, image_size, image_size), (nn.Conv2d, nn.Linear))
 
 
 def _share_on_small_maps(net: nn.Module, image_size: int) -> float:

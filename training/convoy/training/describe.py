@@ -1,7 +1,6 @@
 """A net layer by layer: the lecture's slide "Layer math" for any net."""
 
 from dataclasses import dataclass
-from types import UnionType
 from typing import Any
 
 import torch
@@ -54,7 +53,12 @@ def output_size(size: int, kernel: int, stride: int, padding: int, dilation: int
 
 
 def output_shape(module: nn.Module, shape: Shape) -> Shape | None:
-    """Return a layer's output shape `[C, H, W]` or `[F]` for `shape`; None without a formula."""
+    """Return a layer's output shape `[C, H, W]` or `[F]` for `shape`; None without a formula.
+
+    Subclasses of these layers have none, since they may compute something else.
+    """
+    if type(module) not in (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Linear):
+        return None
     match module:
         case nn.Conv2d() if not isinstance(module.padding, str):
             dilation, channels = module.dilation, module.out_channels
@@ -90,14 +94,14 @@ def describe(name: str, **arguments: object) -> list[Layer]:
 
 
 def trace_layers(
-    net: nn.Module, shape: Shape, kinds: type[nn.Module] | UnionType = nn.Module
+    net: nn.Module, shape: Shape, kinds: tuple[type[nn.Module], ...] = ()
 ) -> list[Layer]:
-    """Run one image through a net in evaluation mode and note every call of a leaf module.
+    """Run one image through a net in evaluation mode and note the calls of its layers.
 
     Args:
         net: On any device; on the meta device nothing is computed.
         shape: Of the image, `[C, H, W]`.
-        kinds: The classes of the modules to note.
+        kinds: The classes of the layers; () takes every module without children.
     """
     layers: list[Layer] = []
     seen: set[nn.Module] = set()
@@ -115,9 +119,7 @@ def trace_layers(
     handles = [
         module.register_forward_hook(note(name))
         for name, module in net.named_modules()
-        if isinstance(module, kinds)
-        and not list(module.children())
-        and not isinstance(module, nn.Identity)
+        if (isinstance(module, kinds) if kinds else _is_leaf(module))
     ]
     device = next(net.parameters()).device
     try:
@@ -127,6 +129,10 @@ def trace_layers(
         for handle in handles:
             handle.remove()
     return layers
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not list(module.children()) and not isinstance(module, nn.Identity)
 
 
 def _pair(value: Any) -> tuple[int, int]:
