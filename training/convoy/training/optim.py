@@ -65,7 +65,8 @@ def orthogonalized(matrix: Tensor, steps: int = 3) -> Tensor:
     x = x / (x.norm() + 1e-7)
     for _ in range(steps):
         square = x @ x.T
-        x = 3.4445 * x + (2.0315 * square @ square - 4.775 * square) @ x
+        factor = torch.addmm(square, square, square, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, factor, x, beta=3.4445)
     return x.T if tall else x
 
 
