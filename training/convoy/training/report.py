@@ -85,8 +85,9 @@ def write_report(folder: Path, finished: FinishedRun) -> Figure:
         _draw_curves(axes, epochs, name, unit, finished.best_epoch)
     accuracy.set_title(f"test accuracy {tested.accuracy:.4f} ({len(tested.labels)} images)")
     _fill_confusion(matrix, confusion_matrix(tested, len(classes)), classes)
-    figure.savefig(folder / "report.png", dpi=80)
-    page = "\n".join(_page(finished, figure))
+    png = to_png(figure)
+    (folder / "report.png").write_bytes(png)
+    page = "\n".join(_page(finished, png))
     (folder / "report.html").write_text(page, encoding="utf-8")
     return figure
 
@@ -251,8 +252,8 @@ def _wrong_answers(finished: FinishedRun) -> Iterator[tuple[NDArray[np.uint8], s
         yield pixels, f"{truth} → {answer}, {confidence[place]:.0%}"
 
 
-def _page(finished: FinishedRun, curves: Figure) -> Iterator[str]:
-    """Yield the lines of report.html, which refers to no other file."""
+def _page(finished: FinishedRun, curves: bytes) -> Iterator[str]:
+    """Yield the lines of report.html, which refers to no other file; `curves` is a PNG file."""
     tested, classes = finished.tested, finished.classes
     counts = confusion_matrix(tested, len(classes))
     title = html.escape(finished.name)
@@ -268,7 +269,7 @@ def _page(finished: FinishedRun, curves: Figure) -> Iterator[str]:
         f"{tested.loss:.4f}; best epoch {finished.best_epoch}, temperature "
         f"{finished.temperature:.3f}.</p>"
     )
-    yield _picture(curves, "loss and accuracy per epoch, confusion matrix")
+    yield _embedded(curves, "loss and accuracy per epoch, confusion matrix")
     yield "<h2>Classes</h2>"
     shares = class_accuracy(counts)
     # Classes without test images come last.
@@ -281,7 +282,8 @@ def _page(finished: FinishedRun, curves: Figure) -> Iterator[str]:
     pairs = [(classes[a], classes[b], count) for a, b, count in confused_pairs(counts)]
     yield _table(("true", "predicted", "images"), pairs)
     yield "<h2>Calibration</h2>"
-    yield _picture(draw_calibration(tested, finished.temperature), "accuracy over confidence")
+    drawn = to_png(draw_calibration(tested, finished.temperature))
+    yield _embedded(drawn, "accuracy over confidence")
     yield "<h2>Misclassified</h2>"
     for pixels, caption in _wrong_answers(finished):
         yield f"<figure>{_image(pixels)}<figcaption>{html.escape(caption)}</figcaption></figure>"
@@ -300,10 +302,6 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return f"<tr>{inside}</tr>"
 
     return "\n".join(["<table>", line(headings, "th"), *(line(r, "td") for r in rows), "</table>"])
-
-
-def _picture(figure: Figure, text: str) -> str:
-    return _embedded(to_png(figure), text)
 
 
 def _image(pixels: NDArray[np.uint8]) -> str:
